@@ -1,0 +1,52 @@
+"""Continual learning by re-basin.
+
+The public names are loaded when they are first used: ``import lit_rebasin`` loads neither Lightning nor Avalanche, and finding, applying and
+optimising permutations never does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Alignment": "alignment",
+    "Axis": "symmetry",
+    "ContinualClassifier": "continual",
+    "ContinualDataModule": "continual",
+    "ContinualMonitor": "callbacks",
+    "Group": "symmetry",
+    "LinearPath": "merging",
+    "PermutationSpec": "symmetry",
+    "RebasinMerge": "callbacks",
+    "SinkhornRebasin": "alignment",
+    "SinkhornResult": "transport",
+    "assignment": "transport",
+    "check_invariance": "symmetry",
+    "permutation_spec": "symmetry",
+    "permute": "symmetry",
+    "sinkhorn": "transport",
+    "weight_matching": "alignment",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its room on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lit_rebasin' has no attribute {name!r}")
+    return getattr(import_module(f"lit_rebasin.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from lit_rebasin.alignment import Alignment, SinkhornRebasin, weight_matching
+    from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
+    from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
+    from lit_rebasin.merging import LinearPath
+    from lit_rebasin.symmetry import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute
+    from lit_rebasin.transport import SinkhornResult, assignment, sinkhorn

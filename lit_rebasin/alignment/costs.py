@@ -1,0 +1,69 @@
+"""What an alignment minimises: functions of the permuted model's weights.
+
+``weights`` are tensors by name. ``loss`` maps weights to a scalar, usually the task loss of one batch.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+Loss = Callable[[Weights], Tensor]
+
+
+def interpolate(previous: Weights, new: Weights, alpha: float | Tensor) -> dict[str, Tensor]:
+    """Return ``alpha * previous + (1 - alpha) * new``; what is not floating point (counters) is taken from ``new``."""
+    return {
+        name: alpha * previous[name].to(tensor.device, tensor.dtype) + (1 - alpha) * tensor
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in new.items()
+    }
+
+
+def l2_cost(permuted: Weights, reference: Weights) -> Tensor:
+    """Return the mean squared difference of the weights, ``(1/|theta|) sum ||theta_ref - pi(theta)||^2`` (Pena et al., CVPR 2023, eq. 9)."""
+    pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
+    total = torch.stack([(a - b.to(a.device, a.dtype)).square().sum() for a, b in pairs]).sum()
+    return total / sum(a.numel() for a, _ in pairs)
+
+
+def midpoint_cost(permuted: Weights, reference: Weights, loss: Loss) -> Tensor:
+    """Return the loss half-way, ``C((theta_ref + pi(theta)) / 2)`` (Pena et al., CVPR 2023, "Mid")."""
+    return loss(interpolate(reference, permuted, 0.5))
+
+
+def random_point_cost(permuted: Weights, reference: Weights, loss: Loss, generator: torch.Generator) -> Tensor:
+    """Return the loss at a uniformly drawn point of the linear path, a fresh one each call (Pena et al., CVPR 2023, "Rnd")."""
+    return loss(interpolate(reference, permuted, float(torch.rand((), generator=generator))))
+
+
+def incremental_cost(permuted: Weights, reference: Weights, loss: Loss, alpha: float, residual: Weights) -> Tensor:
+    """Return the loss of the merge, ``C(alpha * theta_prev + (1 - alpha) * pi(theta_new) + delta)``.
+
+    The incremental-learning cost of Pena et al. (CVPR 2023): their code evaluates it at alpha = 1/2 and merges elsewhere; here the caller
+    gives the point. The weight decay of ``delta`` belongs to its optimizer.
+
+    Args:
+        permuted: Weights of the permuted new model.
+        reference: Weights of the previous model.
+        loss: Task loss, on the new task's batches mixed with replay.
+        alpha: Weight of the previous model.
+        residual: ``delta`` by name, for some or all of the tensors.
+    """
+    merged = interpolate(reference, permuted, alpha)
+    return loss({name: tensor + residual[name] if name in residual else tensor for name, tensor in merged.items()})
+
+
+def check_same_architecture(model: Weights, reference: Weights) -> None:
+    """Raise a ValueError that names the first tensor in which two models differ in name or shape."""
+    for name in [*model, *reference]:
+        if name not in model or name not in reference:
+            holder, other = ("model", "reference") if name in model else ("reference", "model")
+            raise ValueError(f"The {holder} has a tensor {name!r} that the {other} lacks: they are of different architectures.")
+        if model[name].shape != reference[name].shape:
+            raise ValueError(
+                f"Tensor {name!r} has shape {tuple(model[name].shape)} in the model and {tuple(reference[name].shape)} in the reference: "
+                "they are of different architectures."
+            )

@@ -1,0 +1,33 @@
+"""What every way of aligning returns."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The permutations that carry a model towards a reference.
+
+    Attributes:
+        permutations: By group name, a LongTensor ``(size,)`` on the CPU: ``w_new = w.index_select(dim, p)``.
+        cost: The cost of the hard permutations returned, in the unit of the method's cost.
+        history: The cost along the way; the first entry is the cost of the start.
+        method: The name of the method.
+        converged: Whether the method stopped by itself.
+        seconds: Wall time.
+        residual: Added to the merged weights, by tensor name; empty where the cost has none.
+    """
+
+    permutations: dict[str, Tensor]
+    cost: float
+    history: list[float]
+    method: str
+    converged: bool
+    seconds: float
+    residual: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def moved(self) -> int:
+        """How many neurons, over all groups, are not where they were."""
+        return sum(int((p != p.new_tensor(range(len(p)))).sum()) for p in self.permutations.values())

@@ -1,0 +1,149 @@
+"""Differentiable re-basin: soft permutations that are trained through any cost, and used hard."""
+
+from collections.abc import Callable, Mapping
+from math import log
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from lit_rebasin.alignment.result import Alignment
+from lit_rebasin.symmetry import PermutationSpec, identity, permute
+from lit_rebasin.transport import assignment, sinkhorn
+
+
+class SinkhornRebasin(nn.Module):
+    """Permute weights by plans with one trainable logit matrix a permutation group (Pena et al., CVPR 2023).
+
+    In training mode the plans are soft, by Sinkhorn with an implicit gradient; in evaluation mode they are hard, by linear assignment. The
+    published start, ``I + 0.1 * noise`` at temperature 1, spreads a plan almost evenly (1 % on the diagonal at width 256). Here the logits
+    start so sharp that each neuron of ``init`` holds ``confidence`` of its row.
+
+    Args:
+        spec: The symmetries of the network; at least one group.
+        init: The permutations to start from, by group name. Default: the identity.
+        confidence: Share of each row that the start gives to the permutation of ``init``, in (0, 1).
+
+    Attributes:
+        temperature: Regularization of the soft plans; starts at 1, lower is harder.
+
+    Raises:
+        ValueError: If the spec has no group, or ``confidence`` is out of range.
+    """
+
+    def __init__(
+        self, spec: PermutationSpec, *, init: Mapping[str, Tensor] | None = None, confidence: float = 0.9
+    ) -> None:
+        super().__init__()
+        if not spec.groups:
+            raise ValueError("The spec has no permutation group, so there is nothing to align.")
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
+        self.spec = spec
+        self.temperature = 1.0
+        start = {**identity(spec), **(init or {})}
+        self.logits = nn.ParameterList()
+        for name, group in spec.groups.items():
+            # exp(scale) : (size - 1) splits a row so that the chosen entry holds `confidence` of it.
+            scale = log(confidence / (1 - confidence) * max(group.size - 1, 1))
+            self.logits.append(nn.Parameter(scale * torch.eye(group.size)[start[name].cpu()]))
+
+    def plans(self) -> dict[str, Tensor]:
+        """Return the soft plan ``(size, size)`` of every group."""
+        return {
+            name: sinkhorn(logits, regularization=self.temperature).plan
+            for name, logits in zip(self.spec.groups, self.logits, strict=True)
+        }
+
+    def permutations(self) -> dict[str, Tensor]:
+        """Return the hard permutation ``(size,)`` of every group, ``argmax_P <P, logits>``."""
+        return {name: assignment(logits) for name, logits in zip(self.spec.groups, self.logits, strict=True)}
+
+    def forward(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the permuted weights: softly in training mode, by hard permutations in evaluation mode."""
+        return permute(weights, self.spec, self.plans() if self.training else self.permutations())
+
+
+def sinkhorn_alignment(
+    model: Mapping[str, Tensor],
+    spec: PermutationSpec,
+    cost: Callable[[Mapping[str, Tensor]], Tensor],
+    *,
+    evaluate: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    init: Mapping[str, Tensor] | None = None,
+    steps: int = 100,
+    learning_rate: float = 0.1,
+    final_temperature: float = 0.2,
+    residual: Mapping[str, Tensor] | None = None,
+    residual_learning_rate: float = 0.05,
+    residual_weight_decay: float = 0.1,
+    residual_clip: float = 1e-3,
+) -> Alignment:
+    """Train the plans of a :class:`SinkhornRebasin` on a cost, and return the best hard permutations seen.
+
+    AdamW moves the logits while the temperature falls geometrically from 1 to ``final_temperature``, so that the soft network ends at the
+    hard one. SGD with weight decay moves the residual, its gradient clipped elementwise (settings of the published incremental learning code).
+
+    Args:
+        model: Weights of the model to permute.
+        spec: Its symmetries.
+        cost: Maps permuted weights to a scalar; may draw a batch of its own at each call, and may read ``residual``.
+        evaluate: Maps hard-permuted weights to the scalar by which candidates are compared; always the same data. Default: ``cost``.
+        init: Where to start, by group name. Default: the identity.
+        steps: Gradient steps. With 0 the start is returned.
+        learning_rate: Of the logits.
+        final_temperature: Regularization at the last step.
+        residual: Leaf tensors that require gradients, which ``cost`` adds to the merge; trained in place.
+        residual_learning_rate: Of the residual.
+        residual_weight_decay: Of the residual.
+        residual_clip: Largest absolute gradient of an entry of the residual.
+
+    Returns:
+        The best candidate by ``evaluate``, never worse than the start.
+    """
+    started = perf_counter()
+    rebasin = SinkhornRebasin(spec, init=init).to(_device(model))
+    residual = dict(residual or {})
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rebasin.parameters(), lr=learning_rate)]
+    if residual:
+        decay = residual_weight_decay
+        optimizers.append(torch.optim.SGD(residual.values(), lr=residual_learning_rate, weight_decay=decay))
+    best = _candidate(rebasin, model, evaluate or cost, residual)
+    history = [best[0]]
+    for step in range(1, steps + 1):
+        rebasin.temperature = final_temperature ** (step / steps)
+        rebasin.train()
+        value = cost(rebasin(model))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        value.backward()
+        if residual:
+            nn.utils.clip_grad_value_(residual.values(), residual_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        history.append(float(value))
+        if step % max(1, steps // 10) == 0 or step == steps:
+            best = min(best, _candidate(rebasin, model, evaluate or cost, residual), key=lambda candidate: candidate[0])
+    converged = all(
+        float(plan.gather(1, rebasin_p[:, None].to(plan.device)).mean()) > 0.9
+        for plan, rebasin_p in zip(rebasin.plans().values(), rebasin.permutations().values(), strict=True)
+    )
+    value, permutations, kept = best
+    return Alignment(permutations, value, history, "sinkhorn", converged, perf_counter() - started, kept)
+
+
+def _candidate(
+    rebasin: SinkhornRebasin,
+    model: Mapping[str, Tensor],
+    evaluate: Callable[[Mapping[str, Tensor]], Tensor],
+    residual: Mapping[str, Tensor],
+) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Return the cost of the hard permutations with the residual as it stands, and a copy of both."""
+    permutations = rebasin.permutations()
+    with torch.no_grad():
+        value = float(evaluate(permute(model, rebasin.spec, permutations)))
+    return value, permutations, {name: tensor.detach().clone() for name, tensor in residual.items()}
+
+
+def _device(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device

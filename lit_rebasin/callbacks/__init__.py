@@ -1,0 +1,5 @@
+"""What a user adds to a Trainer."""
+
+from lit_rebasin.callbacks.rebasin_merge import RebasinMerge
+
+__all__ = ["RebasinMerge"]

@@ -1,0 +1,245 @@
+"""The callback: align the trained model to the previous one after each task, and merge the two."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lit_rebasin.alignment import check_same_architecture
+from lit_rebasin.callbacks.merge import MergeSettings, merge_task
+from lit_rebasin.callbacks.report import log_merge, log_settings
+from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
+from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
+from lit_rebasin.symmetry import PermutationSpec, spec_of_calls
+
+
+class RebasinMerge(Callback):
+    r"""Align and merge a network with its previous self at the end of every task.
+
+    The first task is only remembered. After every later one, the trained weights are permuted into the basin of the previous ones and
+    merged, ``theta_t = alpha * theta_{t-1} + (1 - alpha) * pi(theta_new) + delta`` (Pena et al., CVPR 2023, eq. 12), in place and before the
+    validation that closes the task. Works in two ways:
+
+    * one ``trainer.fit`` walks the whole stream, with a datamodule that has ``epochs_per_task`` (such as ``ContinualDataModule``);
+    * one ``trainer.fit`` a task, each with a fresh Trainer and any data, and this callback (the same object, or one that was given the state
+      of a checkpoint) in all of them.
+
+    Of the LightningModule only ``training_step`` is asked, which returns the loss. Parameters that no task before has trained, such as the
+    head of a new task, are taken from the new model as they are. BatchNorm statistics are estimated anew on the merged weights.
+
+    Args:
+        alpha: Weight of the previous model in [0, 1], or ``"line-search"`` for the lowest loss on training batches along the path.
+        method: How to align: ``"sinkhorn"`` starts from weight matching and trains soft permutations on ``cost``, ``"weights"`` stops at
+            weight matching, ``"identity"`` does not align (plain averaging).
+        cost: What ``"sinkhorn"`` minimises: ``"incremental"``, the loss of the merge with a trained residual; ``"midpoint"`` or
+            ``"random-point"``, the loss on the path; ``"l2"``, the distance of the weights.
+        steps: Gradient steps of ``"sinkhorn"`` a task.
+        learning_rate: Of the soft permutations' logits.
+        residual_learning_rate: Of the residual of the incremental cost; 0 leaves the residual out.
+        batches: Training batches, of the task just learned and whatever replay its loader mixes in, that each merge uses.
+        seed: Seed of everything drawn in a merge; the random state of the training is not touched.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example::
+
+        trainer = Trainer(max_epochs=25, reload_dataloaders_every_n_epochs=5, callbacks=[RebasinMerge(alpha=0.8)])
+        trainer.fit(model, ContinualDataModule("rotated-digits", epochs_per_task=5, replay_per_class=5))
+    """
+
+    def __init__(
+        self,
+        alpha: float | Literal["line-search"] = 0.8,
+        method: Literal["sinkhorn", "weights", "identity"] = "sinkhorn",
+        cost: Literal["incremental", "midpoint", "random-point", "l2"] = "incremental",
+        steps: int = 100,
+        learning_rate: float = 0.1,
+        residual_learning_rate: float = 0.05,
+        batches: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.settings = MergeSettings(alpha, method, cost, steps, learning_rate, residual_learning_rate, batches, seed)
+        self.previous: dict[str, Tensor] | None = None
+        self.n_tasks = 0
+        self.history: list[dict[str, Any]] = []
+        self.spec: PermutationSpec | None = None
+        self._trained: set[str] = set()  # parameters that some finished task has changed
+        self._initial: dict[str, Tensor] = {}
+        self._steps_before = 0  # optimizer steps of earlier fits, so that their curves do not overlap
+        self._pending = False  # whether anything was trained since the last merge
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Refuse what a merge cannot work with, before any work is done."""
+        if stage != "fit":
+            return
+        strategy = type(trainer.strategy).__name__
+        if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
+            raise MisconfigurationException(f"RebasinMerge needs whole weights on every device, which {strategy} does not keep.")
+        if not pl_module.automatic_optimization and self.settings.reads_losses:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} optimizes by hand, so its training_step cannot be run for its loss alone: "
+                "use automatic optimization."
+            )
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Compare the model with the one that is remembered, before training."""
+        if self.previous is not None:
+            check_same_architecture(named_tensors(pl_module), self.previous)
+        log_settings(trainer, self.settings)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Go on counting steps where the last fit ended, and note what is not trained yet."""
+        self.spec = None
+        self._pending = False
+        loop = trainer.fit_loop.epoch_loop
+        # A fresh Trainer counts from 0 again; one that resumes a checkpoint has its count already. The counter serves logging only.
+        if loop._batches_that_stepped == 0:
+            loop._batches_that_stepped = self._steps_before
+        if self.previous is None:
+            self._initial = {name: tensor.cpu().clone() for name, tensor in named_tensors(pl_module).items()}
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Find the permutation groups on the first batch, so that a model without any fails at once."""
+        self._pending = True
+        if self.spec is not None:
+            return
+        step = StepLoss(trainer, pl_module)
+        with step.quiet(), torch.no_grad():
+            self.spec = spec_of_calls(pl_module, lambda: step.at(named_tensors(pl_module), batch))
+        if not self.spec.groups and self.settings.method != "identity":
+            reasons = sorted({reason for reason in self.spec.fixed.values()})
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} has no permutable group, so there is nothing to align. Why its axes are fixed: "
+                f"{'; '.join(reasons) or 'its training_step calls no module with weights'}. "
+                'RebasinMerge(method="identity") merges without aligning.'
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Merge after the last batch of a task, so that the validation and the checkpoints that follow see the merged model."""
+        if _task_ends(trainer):
+            self._finish_task(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Merge if the fit was stopped before its last batch could be foreseen, and save that model over the last checkpoint."""
+        if self._pending:
+            self._finish_task(trainer, pl_module)
+            _rewrite_last_checkpoints(trainer)
+        self._initial = {}
+
+    @override
+    def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Speak up about a task without data, which Lightning skips."""
+        if trainer.num_training_batches == 0 and trainer.limit_train_batches != 0:
+            raise MisconfigurationException(f"Task {self.n_tasks} has no training batches: its training loader is empty.")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the previous weights, the counters and the history, as tensors and plain types."""
+        return {
+            "previous": self.previous or {},
+            "n_tasks": self.n_tasks,
+            "history": self.history,
+            "trained": sorted(self._trained),
+            "steps_before": self._steps_before,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        self.previous = dict(state_dict["previous"]) or None
+        self.n_tasks = state_dict["n_tasks"]
+        self.history = list(state_dict["history"])
+        self._trained = set(state_dict["trained"])
+        self._steps_before = state_dict["steps_before"]
+
+    def _finish_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._pending = False
+        # The loop counts this batch only later, but the checkpoint of this task is written in between.
+        self._steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        task, self.n_tasks = self.n_tasks, self.n_tasks + 1
+        trained = named_tensors(pl_module)
+        broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
+        if broken and self.previous is None:
+            raise ValueError(f"Training left NaN or infinity in {broken[0]!r}, and there is no previous model to go back to.")
+        if broken:
+            write_weights(pl_module, self.previous or {})
+            reason = f"training left NaN or infinity in {broken[0]!r}"
+            rank_zero_warn(f"The merge after task {task} is refused: {reason}. The previous model is kept.")
+            self.history.append({"task": task, "refused": reason})
+        elif self.previous is not None:
+            self._merge(trainer, pl_module, task, self.previous)
+        self._remember(pl_module)
+
+    def _merge(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", task: int, previous: Mapping[str, Tensor]) -> None:
+        assert self.spec is not None  # found on the first batch of this fit
+        previous = {name: tensor.to(pl_module.device) for name, tensor in previous.items()}
+        trained = {name: tensor.clone() for name, tensor in named_tensors(pl_module).items()}
+        parameters = {name for name, _ in pl_module.named_parameters()}
+        fresh = {name for name in parameters - self._trained if not torch.equal(trained[name], previous[name])}
+        step = StepLoss(trainer, pl_module)
+        with step.quiet():
+            torch.manual_seed(self.settings.seed + task)
+            outcome = merge_task(step, trainer, trained, previous, self.spec, parameters - fresh, self.settings, task)
+            write_weights(pl_module, trainer.strategy.broadcast(outcome.weights))  # every rank drew batches of its own
+            if has_batch_norm(pl_module):
+                reestimate_batch_norm(pl_module, step, outcome.batches)
+        self.history.append({"task": task, **outcome.numbers})
+        log_merge(trainer, outcome, task)
+        numbers = outcome.numbers
+        rank_zero_info(
+            f"Task {task}: merged with alpha {numbers['alpha']:.2f}, {numbers['moved']} neurons moved, "
+            f"loss on training batches {numbers['loss_before']:.4f} -> {numbers['loss_after']:.4f}."
+        )
+
+    def _remember(self, pl_module: "pl.LightningModule") -> None:
+        """Keep the model as the reference of the next task."""
+        now = {name: tensor.cpu().clone() for name, tensor in named_tensors(pl_module).items()}
+        before = self.previous if self.previous is not None else self._initial
+        parameters = {name for name, _ in pl_module.named_parameters()}
+        self._trained |= {name for name in parameters if name not in before or not torch.equal(now[name], before[name])}
+        self.previous = now
+
+
+def write_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module's own parameters and buffers, which optimizers and compiled code keep pointing at."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            tensor.copy_(weights[name])
+
+
+def _task_ends(trainer: "pl.Trainer") -> bool:
+    """Return whether the batch just trained is the last of its task."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    epochs_per_task = getattr(getattr(trainer, "datamodule", None), "epochs_per_task", None)
+    done = trainer.current_epoch + 1
+    at_end = done % epochs_per_task == 0 if epochs_per_task else done == trainer.max_epochs
+    return trainer.is_last_batch and at_end
+
+
+def _rewrite_last_checkpoints(trainer: "pl.Trainer") -> None:
+    for checkpoint in trainer.checkpoint_callbacks:
+        if not isinstance(checkpoint, ModelCheckpoint):
+            continue
+        # Without a monitor the "best" is simply the latest.
+        latest = [checkpoint.last_model_path, "" if checkpoint.monitor else checkpoint.best_model_path]
+        for path in filter(None, latest):
+            trainer.save_checkpoint(path)

@@ -1,0 +1,9 @@
+"""What may be permuted in a network."""
+
+from lit_rebasin.symmetry.calls import spec_of_calls
+from lit_rebasin.symmetry.invariance import check_invariance
+from lit_rebasin.symmetry.permute import identity, invert, permute
+from lit_rebasin.symmetry.spec import Axis, Group, PermutationSpec
+from lit_rebasin.symmetry.tracing import permutation_spec
+
+__all__ = ["Axis", "Group", "PermutationSpec", "check_invariance", "identity", "invert", "permutation_spec", "permute", "spec_of_calls"]

@@ -1,0 +1,74 @@
+"""Apply permutations or soft plans to the weights of a network."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lit_rebasin.symmetry.spec import Axis, PermutationSpec
+
+
+def permute(tensors: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the permuted network; the given ones are not written to.
+
+    ``w_new = w.index_select(dim, p)`` along every axis of a group for a permutation ``p``, or ``w_new = P @ w`` along it for a plan ``P``
+    (Pena et al., CVPR 2023: ``W_l' = P_l W_l P_{l-1}^T``). Differentiable in the tensors and the plans.
+
+    Args:
+        tensors: Weights by name, such as a state dict.
+        spec: The symmetries of the network.
+        permutations: By group name, a LongTensor ``(size,)`` or a floating-point plan ``(size, size)``. Groups left out stay as they are.
+
+    Returns:
+        A new dict with the names of ``tensors``; tensors that no group moves are passed on as they are.
+
+    Raises:
+        ValueError: If a group is unknown, an entry is neither a permutation nor a plan of the group's size, a tensor that must move is
+            missing or of another shape, or a plan meets a tensor of integers.
+    """
+    spec.validate(tensors)
+    unknown = sorted(set(permutations) - set(spec.groups))
+    if unknown:
+        raise ValueError(f"permutations names unknown groups {unknown}; the spec has {sorted(spec.groups)}.")
+    moved = dict(tensors)
+    for name, permutation in permutations.items():
+        group = spec.groups[name]
+        _check_entry(name, permutation, group.size)
+        for axis in group.axes:
+            moved[axis.tensor] = _move(moved[axis.tensor], axis, group.size, permutation)
+    return moved
+
+
+def invert(permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the permutations that undo the given ones."""
+    return {name: permutation.argsort() for name, permutation in permutations.items()}
+
+
+def identity(spec: PermutationSpec) -> dict[str, Tensor]:
+    """Return the permutation of every group that leaves the network as it is."""
+    return {name: torch.arange(group.size) for name, group in spec.groups.items()}
+
+
+def _check_entry(name: str, permutation: Tensor, size: int) -> None:
+    if permutation.ndim == 1 and not permutation.is_floating_point():
+        if not torch.equal(permutation.sort().values.cpu(), torch.arange(size)):
+            raise ValueError(f"permutations[{name!r}] must hold each of 0 .. {size - 1} once, got {permutation.tolist()}.")
+    elif not (permutation.is_floating_point() and tuple(permutation.shape) == (size, size)):
+        raise ValueError(
+            f"permutations[{name!r}] must be a LongTensor of shape ({size},) or a floating-point plan of shape ({size}, {size}), "
+            f"got {permutation.dtype} of shape {tuple(permutation.shape)}."
+        )
+
+
+def _move(tensor: Tensor, axis: Axis, size: int, permutation: Tensor) -> Tensor:
+    """Permute one axis of one tensor."""
+    split = tensor.unflatten(axis.dim, (axis.before, size, axis.after))
+    dim = axis.dim + 1
+    if permutation.ndim == 1:
+        moved = split.index_select(dim, permutation.to(tensor.device))
+    elif not tensor.is_floating_point():
+        raise ValueError(f"A plan cannot mix {axis.tensor!r}, a tensor of {tensor.dtype}; give a permutation instead.")
+    else:
+        plan = permutation.to(tensor.device, tensor.dtype)
+        moved = torch.tensordot(plan, split, dims=([1], [dim])).movedim(0, dim)
+    return moved.reshape(tensor.shape)
