@@ -116,7 +116,7 @@ def merge_task(
     loss_after, logged_after = step.mean(merged, batches)
     numbers = {
         "alpha": float(alpha),
-        "moved": float(alignment.moved),
+        "moved": alignment.moved,
         "loss_previous": float(after.losses[-1]),
         "loss_before": float(loss_before),
         "loss_after": float(loss_after),

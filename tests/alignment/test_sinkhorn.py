@@ -1,0 +1,147 @@
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from lit_rebasin import PermutationSpec, SinkhornRebasin, permutation_spec, permute
+from lit_rebasin.alignment import incremental_cost, interpolate, l2_cost, midpoint_cost, random_point_cost, sinkhorn_alignment
+from lit_rebasin.symmetry import identity, invert
+
+X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+Y = X[:, :3].argmax(1)
+
+
+def mlp(seed, width=16):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def trained(seed):
+    model = mlp(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def task_loss(weights):
+    return cross_entropy(functional_call(mlp(0), dict(weights), (X,)), Y)
+
+
+SPEC = permutation_spec(mlp(0), X)
+(NAME,) = SPEC.groups
+
+
+def test_start_is_sharp_and_is_the_given_permutation():
+    p = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    spec = permutation_spec(mlp(0, 256), X)
+    rebasin = SinkhornRebasin(spec, init={NAME: p}, confidence=0.9)
+    plan = rebasin.plans()[NAME]
+    torch.testing.assert_close(plan[torch.arange(256), p], torch.full((256,), 0.9), rtol=1e-3, atol=1e-3)
+    assert torch.equal(rebasin.permutations()[NAME], p)
+
+
+def test_training_mode_is_soft_and_evaluation_mode_hard():
+    weights = {name: tensor.detach() for name, tensor in mlp(0).named_parameters()}
+    rebasin = SinkhornRebasin(SPEC, init={NAME: torch.arange(16).flip(0)})
+    soft, hard = rebasin.train()(weights), rebasin.eval()(weights)
+    assert torch.equal(hard["0.weight"], weights["0.weight"].flip(0))
+    plan = rebasin.plans()[NAME]
+    torch.testing.assert_close(soft["2.weight"], weights["2.weight"] @ plan.T)
+    assert not torch.allclose(soft["0.weight"], hard["0.weight"])
+    soft["0.weight"].square().sum().backward()
+    assert rebasin.logits[0].grad.abs().sum() > 0
+
+
+def test_soft_network_reaches_the_hard_one_as_the_temperature_falls():
+    weights = {name: tensor.detach() for name, tensor in mlp(0).named_parameters()}
+    rebasin = SinkhornRebasin(SPEC)
+    gaps = []
+    for rebasin.temperature in (1.0, 0.5, 0.2):
+        gaps.append(float(l2_cost(rebasin.train()(weights), rebasin.eval()(weights))))
+    assert gaps[0] > 10 * gaps[1] > 100 * gaps[2]
+
+
+def test_l2_cost_recovers_a_planted_permutation():
+    reference = trained(0)
+    planted = {NAME: torch.randperm(16, generator=torch.Generator().manual_seed(3))}
+    model = permute(reference, SPEC, planted)
+    alignment = sinkhorn_alignment(model, SPEC, lambda permuted: l2_cost(permuted, reference), steps=300, learning_rate=0.2)
+    assert torch.equal(alignment.permutations[NAME], invert(planted)[NAME])
+    assert alignment.cost == pytest.approx(0, abs=1e-12)
+    assert alignment.history[0] > 0.01
+
+
+@pytest.mark.parametrize("kind", ["midpoint", "random-point", "incremental"])
+def test_loss_driven_costs_lower_the_loss_at_the_midpoint(kind):
+    reference, model = trained(0), trained(1)
+    generator = torch.Generator().manual_seed(0)
+
+    def cost(permuted):
+        if kind == "midpoint":
+            return midpoint_cost(permuted, reference, task_loss)
+        if kind == "random-point":
+            return random_point_cost(permuted, reference, task_loss, generator)
+        return incremental_cost(permuted, reference, task_loss, 0.5, {})
+
+    def evaluate(permuted):
+        return midpoint_cost(permuted, reference, task_loss)
+
+    alignment = sinkhorn_alignment(model, SPEC, cost, evaluate=evaluate, steps=100)
+    naive = float(evaluate(model))
+    assert alignment.cost == pytest.approx(float(evaluate(permute(model, SPEC, alignment.permutations))), rel=1e-5)
+    assert alignment.cost < 0.7 * naive
+
+
+def test_never_worse_than_its_start():
+    reference = trained(0)
+    up = lambda permuted: -l2_cost(permuted, reference)  # noqa: E731
+    # The cost drives away from the reference, the evaluation asks to stay: the start is the best that is seen.
+    alignment = sinkhorn_alignment(
+        reference, SPEC, up, evaluate=lambda w: l2_cost(w, reference), steps=50, learning_rate=1.0
+    )
+    assert torch.equal(alignment.permutations[NAME], identity(SPEC)[NAME])
+    assert alignment.cost == 0
+
+
+def test_residual_is_trained_within_its_reach():
+    reference, model = trained(0), trained(1)
+    residual = {name: torch.zeros_like(tensor, requires_grad=True) for name, tensor in model.items()}
+    alignment = sinkhorn_alignment(
+        model, SPEC, lambda p: incremental_cost(p, reference, task_loss, 0.5, residual), steps=40, residual=residual
+    )
+    reach = 40 * 0.05 * 1e-3  # steps * learning rate * clip
+    largest = max(float(delta.abs().max()) for delta in alignment.residual.values())
+    assert 0 < largest <= reach + 1e-9
+
+
+def test_incremental_cost_equals_its_formula():
+    previous, new = trained(0), trained(1)
+    residual = {"0.bias": torch.full((16,), 0.3)}
+    merged = {name: 0.8 * previous[name] + 0.2 * new[name] for name in new}
+    merged["0.bias"] = merged["0.bias"] + 0.3
+    torch.testing.assert_close(incremental_cost(new, previous, task_loss, 0.8, residual), task_loss(merged))
+
+
+def test_random_point_is_fresh_and_seeded():
+    previous, new = trained(0), trained(1)
+    draw = lambda g: [float(random_point_cost(new, previous, task_loss, g)) for _ in range(3)]  # noqa: E731
+    first = draw(torch.Generator().manual_seed(0))
+    assert len(set(first)) == 3
+    assert first == draw(torch.Generator().manual_seed(0))
+
+
+def test_interpolate_takes_counters_from_the_new_model():
+    merged = interpolate({"n": torch.tensor(3), "w": torch.zeros(2)}, {"n": torch.tensor(7), "w": torch.ones(2)}, 0.75)
+    assert int(merged["n"]) == 7
+    assert torch.equal(merged["w"], torch.full((2,), 0.25))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no permutation group"):
+        SinkhornRebasin(PermutationSpec())
+    with pytest.raises(ValueError, match="confidence"):
+        SinkhornRebasin(SPEC, confidence=1.0)
