@@ -121,15 +121,18 @@ def sinkhorn_alignment(
             nn.utils.clip_grad_value_(residual.values(), residual_clip)
         for optimizer in optimizers:
             optimizer.step()
-        history.append(float(value))
+        history.append(value.item())
         if step % max(1, steps // 10) == 0 or step == steps:
             best = min(best, _candidate(rebasin, model, evaluate or cost, residual), key=lambda candidate: candidate[0])
-    converged = all(
-        float(plan.gather(1, rebasin_p[:, None].to(plan.device)).mean()) > 0.9
-        for plan, rebasin_p in zip(rebasin.plans().values(), rebasin.permutations().values(), strict=True)
-    )
     value, permutations, kept = best
-    return Alignment(permutations, value, history, "sinkhorn", converged, perf_counter() - started, kept)
+    return Alignment(permutations, value, history, "sinkhorn", _is_hard(rebasin), perf_counter() - started, kept)
+
+
+def _is_hard(rebasin: SinkhornRebasin) -> bool:
+    """Return whether nine tenths of every soft plan lie on its hard permutation, so that the soft network stands for the hard one."""
+    with torch.no_grad():
+        pairs = zip(rebasin.plans().values(), rebasin.permutations().values(), strict=True)
+        return all(float(plan.cpu()[torch.arange(len(p)), p].mean()) > 0.9 for plan, p in pairs)
 
 
 def _candidate(

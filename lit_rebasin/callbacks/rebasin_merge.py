@@ -84,7 +84,7 @@ class RebasinMerge(Callback):
         strategy = type(trainer.strategy).__name__
         if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
             raise MisconfigurationException(f"RebasinMerge needs whole weights on every device, which {strategy} does not keep.")
-        if not pl_module.automatic_optimization and self.settings.reads_losses:
+        if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} optimizes by hand, so its training_step cannot be run for its loss alone: "
                 "use automatic optimization."

@@ -100,7 +100,7 @@ class StepLoss(nn.Module):
         if isinstance(value, Metric):
             value = value.compute()
         if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
-            self.logged[name] = float(value)
+            self.logged[name] = float(value.detach() if isinstance(value, Tensor) else value)
 
     def _keep_all(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in dictionary.items():

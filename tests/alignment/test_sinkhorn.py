@@ -61,7 +61,7 @@ def test_soft_network_reaches_the_hard_one_as_the_temperature_falls():
     rebasin = SinkhornRebasin(SPEC)
     gaps = []
     for rebasin.temperature in (1.0, 0.5, 0.2):
-        gaps.append(float(l2_cost(rebasin.train()(weights), rebasin.eval()(weights))))
+        gaps.append(l2_cost(rebasin.train()(weights), rebasin.eval()(weights)).item())
     assert gaps[0] > 10 * gaps[1] > 100 * gaps[2]
 
 
