@@ -29,7 +29,26 @@ _HOMES = {
     "weight_matching": "alignment",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Alignment",
+    "Axis",
+    "ContinualClassifier",
+    "ContinualDataModule",
+    "ContinualMonitor",
+    "Group",
+    "LinearPath",
+    "PermutationSpec",
+    "RebasinMerge",
+    "SinkhornRebasin",
+    "SinkhornResult",
+    "__version__",
+    "assignment",
+    "check_invariance",
+    "permutation_spec",
+    "permute",
+    "sinkhorn",
+    "weight_matching",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,9 @@ def check_same_architecture(model: Weights, reference: Weights) -> None:
     for name in [*model, *reference]:
         if name not in model or name not in reference:
             holder, other = ("model", "reference") if name in model else ("reference", "model")
-            raise ValueError(f"The {holder} has a tensor {name!r} that the {other} lacks: they are of different architectures.")
+            raise ValueError(
+                f"The {holder} has a tensor {name!r} that the {other} lacks: they are of different architectures."
+            )
         if model[name].shape != reference[name].shape:
             raise ValueError(
                 f"Tensor {name!r} has shape {tuple(model[name].shape)} in the model and {tuple(reference[name].shape)} in the reference: "

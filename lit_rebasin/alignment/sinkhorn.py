@@ -124,8 +124,8 @@ def sinkhorn_alignment(
         history.append(value.item())
         if step % max(1, steps // 10) == 0 or step == steps:
             best = min(best, _candidate(rebasin, model, evaluate or cost, residual), key=lambda candidate: candidate[0])
-    value, permutations, kept = best
-    return Alignment(permutations, value, history, "sinkhorn", _is_hard(rebasin), perf_counter() - started, kept)
+    lowest, permutations, kept = best
+    return Alignment(permutations, lowest, history, "sinkhorn", _is_hard(rebasin), perf_counter() - started, kept)
 
 
 def _is_hard(rebasin: SinkhornRebasin) -> bool:

@@ -83,7 +83,9 @@ class RebasinMerge(Callback):
             return
         strategy = type(trainer.strategy).__name__
         if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
-            raise MisconfigurationException(f"RebasinMerge needs whole weights on every device, which {strategy} does not keep.")
+            raise MisconfigurationException(
+                f"RebasinMerge needs whole weights on every device, which {strategy} does not keep."
+            )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} optimizes by hand, so its training_step cannot be run for its loss alone: "
@@ -121,7 +123,7 @@ class RebasinMerge(Callback):
         with step.quiet(), torch.no_grad():
             self.spec = spec_of_calls(pl_module, lambda: step.at(named_tensors(pl_module), batch))
         if not self.spec.groups and self.settings.method != "identity":
-            reasons = sorted({reason for reason in self.spec.fixed.values()})
+            reasons = sorted(set(self.spec.fixed.values()))
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} has no permutable group, so there is nothing to align. Why its axes are fixed: "
                 f"{'; '.join(reasons) or 'its training_step calls no module with weights'}. "
@@ -148,7 +150,9 @@ class RebasinMerge(Callback):
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Speak up about a task without data, which Lightning skips."""
         if trainer.num_training_batches == 0 and trainer.limit_train_batches != 0:
-            raise MisconfigurationException(f"Task {self.n_tasks} has no training batches: its training loader is empty.")
+            raise MisconfigurationException(
+                f"Task {self.n_tasks} has no training batches: its training loader is empty."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +182,9 @@ class RebasinMerge(Callback):
         trained = named_tensors(pl_module)
         broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
         if broken and self.previous is None:
-            raise ValueError(f"Training left NaN or infinity in {broken[0]!r}, and there is no previous model to go back to.")
+            raise ValueError(
+                f"Training left NaN or infinity in {broken[0]!r}, and there is no previous model to go back to."
+            )
         if broken:
             write_weights(pl_module, self.previous or {})
             reason = f"training left NaN or infinity in {broken[0]!r}"
@@ -188,7 +194,9 @@ class RebasinMerge(Callback):
             self._merge(trainer, pl_module, task, self.previous)
         self._remember(pl_module)
 
-    def _merge(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", task: int, previous: Mapping[str, Tensor]) -> None:
+    def _merge(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", task: int, previous: Mapping[str, Tensor]
+    ) -> None:
         assert self.spec is not None  # found on the first batch of this fit
         previous = {name: tensor.to(pl_module.device) for name, tensor in previous.items()}
         trained = {name: tensor.clone() for name, tensor in named_tensors(pl_module).items()}

@@ -68,7 +68,9 @@ class StepLoss(nn.Module):
                 self.logged = {}
                 losses.append(self.at(weights, batch))
                 logs.append(self.logged)
-        means = {name: sum(entry[name] for entry in logs) / len(logs) for name in logs[0] if all(name in e for e in logs)}
+        means = {
+            name: sum(entry[name] for entry in logs) / len(logs) for name in logs[0] if all(name in e for e in logs)
+        }
         return torch.stack(losses).mean(), means
 
     @contextmanager
@@ -110,7 +112,7 @@ class StepLoss(nn.Module):
 def draw_batches(trainer: "pl.Trainer", count: int) -> list[Any]:
     """Return the first ``count`` batches of a fresh pass over the training data, on the module's device."""
     batches: list[Any] = []
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if isinstance(loader, (Mapping, list, tuple)):
         from lightning.pytorch.utilities import CombinedLoader
 

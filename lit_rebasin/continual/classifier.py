@@ -60,7 +60,9 @@ class ContinualClassifier(LightningModule):
             return self.heads[0](features)
         if task is None:
             raise ValueError(f"This model has {len(self.heads)} heads: pass `task`, the task index of every example.")
-        if torch.compiler.is_exporting():  # a loop over the tasks present depends on data, which an export cannot follow
+        if (
+            torch.compiler.is_exporting()
+        ):  # a loop over the tasks present depends on data, which an export cannot follow
             every = torch.stack([head(features) for head in self.heads], dim=1)
             return every[torch.arange(len(x)), task]
         logits = features.new_empty(len(x), int(self.hparams["n_classes"]))

@@ -19,8 +19,20 @@ def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float, tas
     axes.plot(alphas, before, color="#D55E00", marker="o", markersize=3, label="as trained")
     axes.plot(alphas, after, color="#0072B2", marker="s", markersize=3, linestyle="--", label="aligned")
     axes.axvline(alpha, color="0.5", linewidth=1)
-    axes.annotate(f"merged at {alpha:.2f}", (alpha, 1), (3, -10), ("data", "axes fraction"), "offset points", fontsize=8, color="0.4")
-    axes.set(xlabel="alpha, weight of the previous model", ylabel="loss on training batches", title=f"Linear path after task {task}")
+    axes.annotate(
+        f"merged at {alpha:.2f}",
+        (alpha, 1),
+        (3, -10),
+        ("data", "axes fraction"),
+        "offset points",
+        fontsize=8,
+        color="0.4",
+    )
+    axes.set(
+        xlabel="alpha, weight of the previous model",
+        ylabel="loss on training batches",
+        title=f"Linear path after task {task}",
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -6,4 +6,14 @@ from lit_rebasin.symmetry.permute import identity, invert, permute
 from lit_rebasin.symmetry.spec import Axis, Group, PermutationSpec
 from lit_rebasin.symmetry.tracing import permutation_spec
 
-__all__ = ["Axis", "Group", "PermutationSpec", "check_invariance", "identity", "invert", "permutation_spec", "permute", "spec_of_calls"]
+__all__ = [
+    "Axis",
+    "Group",
+    "PermutationSpec",
+    "check_invariance",
+    "identity",
+    "invert",
+    "permutation_spec",
+    "permute",
+    "spec_of_calls",
+]

@@ -95,6 +95,6 @@ def _trace_part(root: nn.Module, part: nn.Module, args: Any, kwargs: Any) -> Per
         groups[full] = Group(full, group.size, tuple(axes))
     fixed = {}
     for axis, reason in spec.fixed.items():
-        tensor, dim = axis[:-1].rsplit("[", 1)
-        fixed.update({f"{name}[{dim}]": reason for name in local[tensor]})
+        owner, dim = axis[:-1].rsplit("[", 1)
+        fixed.update({f"{name}[{dim}]": reason for name in local[owner]})
     return PermutationSpec(groups, fixed)

@@ -21,7 +21,8 @@ def check_invariance(
 ) -> float:
     """Permute every group at random and compare the outputs in evaluation mode.
 
-    The weights are perturbed first: the zero biases and unit statistics of a fresh network would hide a wrong spec. The model is left as it was.
+    The weights are perturbed first: the zero biases and unit statistics of a fresh network would hide a wrong spec. The model is left as
+    it was.
 
     Args:
         model: The network.
@@ -63,7 +64,9 @@ def check_invariance(
             module.training = training
     if not difference <= tolerance:
         axes = "; ".join(f"{name}: {', '.join(map(str, spec.groups[name].axes))}" for name in wrong)
-        raise RuntimeError(f"Permuting changes the output by {difference:.1e} (relative). Groups at fault: {axes or 'only together'}.")
+        raise RuntimeError(
+            f"Permuting changes the output by {difference:.1e} (relative). Groups at fault: {axes or 'only together'}."
+        )
     return difference
 
 

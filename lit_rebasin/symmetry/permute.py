@@ -8,7 +8,9 @@ from torch import Tensor
 from lit_rebasin.symmetry.spec import Axis, PermutationSpec
 
 
-def permute(tensors: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def permute(
+    tensors: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the tensors of the permuted network; the given ones are not written to.
 
     ``w_new = w.index_select(dim, p)`` along every axis of a group for a permutation ``p``, or ``w_new = P @ w`` along it for a plan ``P``
@@ -52,7 +54,9 @@ def identity(spec: PermutationSpec) -> dict[str, Tensor]:
 def _check_entry(name: str, permutation: Tensor, size: int) -> None:
     if permutation.ndim == 1 and not permutation.is_floating_point():
         if not torch.equal(permutation.sort().values.cpu(), torch.arange(size)):
-            raise ValueError(f"permutations[{name!r}] must hold each of 0 .. {size - 1} once, got {permutation.tolist()}.")
+            raise ValueError(
+                f"permutations[{name!r}] must hold each of 0 .. {size - 1} once, got {permutation.tolist()}."
+            )
     elif not (permutation.is_floating_point() and tuple(permutation.shape) == (size, size)):
         raise ValueError(
             f"permutations[{name!r}] must be a LongTensor of shape ({size},) or a floating-point plan of shape ({size}, {size}), "

@@ -193,7 +193,11 @@ _RULES: dict[str, _Rule] = {
     "aten::linear": _linear,
     **{f"aten::conv{d}d": _convolution for d in (1, 2, 3)},
     "aten::batch_norm": _batch_norm,
-    **{f"aten::{name}": rule for names, rule in ((_ELEMENTWISE, _elementwise), (_POOLS, _pool)) for name in names.split()},
+    **{
+        f"aten::{name}": rule
+        for names, rule in ((_ELEMENTWISE, _elementwise), (_POOLS, _pool))
+        for name in names.split()
+    },
     **{f"aten::{name}": _elementwise for name in ("add", "sub", "mul", "div", "to", "_to_copy")},
     "aten::_assert_tensor_metadata": _ignore,
     **{f"aten::{name}": _reshape for name in ("flatten", "view", "reshape", "_unsafe_view")},
@@ -254,7 +258,8 @@ def _visit(trace: _Trace, node: Node) -> None:
 def _finish(trace: _Trace, model: nn.Module) -> PermutationSpec:
     """Turn drafts into groups, and account for every axis that is in none."""
     aliases = _aliases(model)
-    groups, moving = {}, set()
+    groups: dict[str, Group] = {}
+    moving: set[str] = set()
     for draft in trace.drafts:
         if draft.reason is None and draft.size > 1:
             axes = [Axis(name, a.dim, a.before, a.after) for a in draft.axes for name in aliases[a.tensor]]

@@ -88,7 +88,7 @@ class _ImplicitPlan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Return ``P * (G - u 1^T - 1 v^T)``, with ``u, v`` such that its rows and columns sum to zero.
 
         Eliminating ``u`` leaves the n x n system ``(diag(b) - P^T diag(1/a) P) v = c - P^T (r / a)``, where ``a, b`` are the marginals and

@@ -5,7 +5,14 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lit_rebasin import PermutationSpec, SinkhornRebasin, permutation_spec, permute
-from lit_rebasin.alignment import incremental_cost, interpolate, l2_cost, midpoint_cost, random_point_cost, sinkhorn_alignment
+from lit_rebasin.alignment import (
+    incremental_cost,
+    interpolate,
+    l2_cost,
+    midpoint_cost,
+    random_point_cost,
+    sinkhorn_alignment,
+)
 from lit_rebasin.symmetry import identity, invert
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -69,7 +76,9 @@ def test_l2_cost_recovers_a_planted_permutation():
     reference = trained(0)
     planted = {NAME: torch.randperm(16, generator=torch.Generator().manual_seed(3))}
     model = permute(reference, SPEC, planted)
-    alignment = sinkhorn_alignment(model, SPEC, lambda permuted: l2_cost(permuted, reference), steps=300, learning_rate=0.2)
+    alignment = sinkhorn_alignment(
+        model, SPEC, lambda permuted: l2_cost(permuted, reference), steps=300, learning_rate=0.2
+    )
     assert torch.equal(alignment.permutations[NAME], invert(planted)[NAME])
     assert alignment.cost == pytest.approx(0, abs=1e-12)
     assert alignment.history[0] > 0.01

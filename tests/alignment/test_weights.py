@@ -1,4 +1,4 @@
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from lit_rebasin.symmetry import invert
 def mlp(seed, widths=(5, 6, 7, 3)):
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -48,7 +48,7 @@ def test_never_worse_than_identity_and_deterministic():
         spec = permutation_spec(mlp(0), torch.randn(2, 5))
         alignment = weight_matching(ours, reference, spec, seed=seed)
         assert alignment.history[0] == pytest.approx(float(l2_cost(ours, reference)))
-        assert all(b <= a + 1e-9 for a, b in zip(alignment.history, alignment.history[1:], strict=False))
+        assert all(b <= a + 1e-9 for a, b in pairwise(alignment.history))
         again = weight_matching(ours, reference, spec, seed=seed)
         assert all(torch.equal(alignment.permutations[name], p) for name, p in again.permutations.items())
 
@@ -57,5 +57,5 @@ def test_networks_of_another_architecture():
     spec = permutation_spec(mlp(0), torch.randn(2, 5))
     with pytest.raises(ValueError, match=r"'0.weight' has shape \(6, 5\) in the model and \(8, 5\)"):
         weight_matching(weights(mlp(0)), weights(mlp(0, (5, 8, 7, 3))), spec)
-    with pytest.raises(ValueError, match="'4.weight' that the reference lacks"):
+    with pytest.raises(ValueError, match=r"'4.weight' that the reference lacks"):
         weight_matching(weights(mlp(0)), weights(mlp(0, (5, 6, 7))), spec)

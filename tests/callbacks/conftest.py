@@ -19,7 +19,14 @@ class UserModule(pl.LightningModule):
         super().__init__()
         norm = nn.BatchNorm1d(24) if batch_norm else nn.Identity()
         self.net = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 24), norm, nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)
+            nn.Flatten(),
+            nn.Linear(64, 24),
+            norm,
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(24, 16),
+            nn.ReLU(),
+            nn.Linear(16, 10),
         )
         self.train_acc = MulticlassAccuracy(10, average="micro")
         self.optimizers_made = 0

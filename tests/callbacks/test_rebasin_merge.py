@@ -258,7 +258,9 @@ def test_nan_refuses_the_merge_and_keeps_the_previous_model(tmp_path):
     with pytest.warns(UserWarning, match=r"merge after task 1 is refused: .* 'net.1.bias'.*previous model is kept"):
         make_trainer(tmp_path, Poison(), merge, max_epochs=1).fit(module, loader(shift=1))
     assert merge.history == [{"task": 1, "refused": "training left NaN or infinity in 'net.1.bias'"}]
-    assert all(torch.equal(previous[name], tensor) for name, tensor in module.state_dict().items() if "train_acc" not in name)
+    assert all(
+        torch.equal(previous[name], tensor) for name, tensor in module.state_dict().items() if "train_acc" not in name
+    )
     make_trainer(tmp_path, merge, max_epochs=1).fit(module, loader(shift=2))  # and it goes on
     assert merge.history[-1]["task"] == 2
     assert "alpha" in merge.history[-1]

@@ -32,7 +32,9 @@ def test_flattened_convolution_moves_whole_maps():
 
 
 def test_every_axis_is_accounted_for_once():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3), nn.Linear(3, 2))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3), nn.Linear(3, 2)
+    )
     spec = permutation_spec(model, IMAGE)
     moving = [str(axis) for group in spec.groups.values() for axis in group.axes]
     both = [*model.named_parameters(), *model.named_buffers()]
@@ -102,10 +104,16 @@ class Tied(nn.Module):
         (Depthwise(), IMAGE),
         (Reversed(), torch.randn(3, 4)),
         (Tied(), torch.randn(3, 4)),
-        (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Softmax(-1), nn.Linear(6, 2)), torch.randn(3, 4)),
+        (
+            nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Softmax(-1), nn.Linear(6, 2)),
+            torch.randn(3, 4),
+        ),
         (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 2)), torch.randn(3, 4)),
         (nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(2), nn.Linear(100, 5), nn.Flatten(), nn.Linear(15, 2)), IMAGE),
-        (nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, affine=False), nn.AvgPool1d(2), nn.Conv1d(4, 2, 1)), torch.randn(2, 2, 9)),
+        (
+            nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, affine=False), nn.AvgPool1d(2), nn.Conv1d(4, 2, 1)),
+            torch.randn(2, 2, 9),
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

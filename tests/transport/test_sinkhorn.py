@@ -37,7 +37,9 @@ def test_plan_equals_pot(regularization):
 def test_gradient_equals_unrolled(regularization):
     upstream = random_logits(9, seed=1)
     ours, theirs = random_logits(9).requires_grad_(), random_logits(9).requires_grad_()
-    (sinkhorn(ours, regularization=regularization, max_iterations=5000, tolerance=1e-12).plan * upstream).sum().backward()
+    (
+        sinkhorn(ours, regularization=regularization, max_iterations=5000, tolerance=1e-12).plan * upstream
+    ).sum().backward()
     (unrolled_plan(theirs, regularization) * upstream).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
 
