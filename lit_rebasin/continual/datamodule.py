@@ -1,0 +1,260 @@
+"""A stream of tasks as a LightningDataModule."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import override
+
+from lit_rebasin.continual.replay import choose_replay
+from lit_rebasin.continual.streams import Stream, make_stream
+
+Examples = tuple[Tensor, Tensor, Tensor]  # images, labels, task indices
+EVALUATION_BATCH = 2048
+
+
+class ContinualDataModule(LightningDataModule):
+    """Walk a stream of tasks in one ``trainer.fit``: the next task every ``epochs_per_task`` epochs.
+
+    Batches are ``(x, y, task)``: images ``(B, C, H, W)`` in float32, labels and task indices ``(B,)``. With replay, every batch from the second
+    task on is ``batch_size`` new examples followed by as many replayed ones, drawn evenly from the buffer. The optimizer and its scheduler
+    start afresh when a task begins.
+
+    The Trainer must have ``max_epochs = n_tasks * epochs_per_task`` (or fewer whole tasks) and ``reload_dataloaders_every_n_epochs=1``, or any
+    divisor of ``epochs_per_task`` where no fit is resumed.
+
+    Args:
+        benchmark: ``rotated-digits`` (needs no download), ``rotated-mnist``, ``permuted-mnist``, ``split-mnist``, ``rotated-fashion-mnist``,
+            ``split-cifar10``, ``split-cifar100``, or ``arrays``: an ``.npz`` with ``x_train, y_train, x_test, y_test``.
+        n_tasks: Number of tasks; the benchmark's own by default.
+        epochs_per_task: Epochs spent on each task.
+        batch_size: New examples in a batch.
+        replay_per_class: Examples that are kept of each class of each task; 0 for no replay.
+        scenario: ``domain`` (same classes in every task), ``class`` (new classes, one head) or ``task`` (new classes, a head a task); the
+            benchmark's own by default.
+        data_dir: Folder of the data sets (``data`` by default), or the path of the ``.npz``.
+        download: Fetch a data set that is missing.
+        validation_fraction: Share of each task's training data that is held back from training and replay, and takes the place of the test
+            data in validation: for choosing hyper-parameters.
+        seed: Of class orders, permutations, splits, batches and the choice of what is replayed.
+
+    Attributes:
+        task: Index of the current task.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the benchmark.
+    """
+
+    def __init__(
+        self,
+        benchmark: str = "rotated-digits",
+        *,
+        n_tasks: int | None = None,
+        epochs_per_task: int = 5,
+        batch_size: int = 64,
+        replay_per_class: int = 0,
+        scenario: Literal["domain", "class", "task"] | None = None,
+        data_dir: str | None = None,
+        download: bool = False,
+        validation_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("epochs_per_task", epochs_per_task, 1),
+            ("batch_size", batch_size, 1),
+            ("replay_per_class", replay_per_class, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}.")
+        self.save_hyperparameters()
+        self.stream: Stream = make_stream(benchmark, n_tasks, scenario, data_dir, download, seed)
+        self.epochs_per_task = epochs_per_task
+        self.batch_size = batch_size
+        self.replay_per_class = replay_per_class
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.task = 0
+        self._trained_task: int | None = None  # the task of the last training loader
+        self._current: tuple[int, Examples, Examples | None] | None = None
+        self._replay: dict[int, Examples] = {}
+        self._evaluation: dict[bool, list[DataLoader]] = {}
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks of the stream."""
+        return len(self.stream.recipes)
+
+    @property
+    def n_classes(self) -> int:
+        """Outputs of a head."""
+        return self.stream.n_classes
+
+    @property
+    def n_heads(self) -> int:
+        """1, or the number of tasks in the task-incremental scenario."""
+        return self.n_tasks if self.stream.scenario == "task" else 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape ``(C, H, W)`` of an image."""
+        return self.stream.input_shape
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check the Trainer against the stream, before anything is trained."""
+        if stage != "fit" or self.trainer is None:
+            return
+        self._trained_task = None
+        max_epochs, every = self.trainer.max_epochs, self.trainer.reload_dataloaders_every_n_epochs
+        if self.trainer.fast_dev_run or max_epochs is None:
+            return
+        if max_epochs % self.epochs_per_task or not 0 < max_epochs <= self.n_tasks * self.epochs_per_task:
+            raise MisconfigurationException(
+                f"Trainer(max_epochs={max_epochs}) does not fit epochs_per_task={self.epochs_per_task} and {self.n_tasks} tasks: "
+                f"pass max_epochs={self.n_tasks * self.epochs_per_task} for the whole stream, or a smaller multiple of epochs_per_task."
+            )
+        if max_epochs > self.epochs_per_task and (every == 0 or self.epochs_per_task % every):
+            raise MisconfigurationException(
+                f"Trainer(reload_dataloaders_every_n_epochs={every}) would not move on to the next task after "
+                f"epochs_per_task={self.epochs_per_task} epochs: pass reload_dataloaders_every_n_epochs=1."
+            )
+
+    @override
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of the current task, replay mixed in; the optimizer starts afresh if the task is a new one."""
+        self._check_resumed()
+        self.task = self._epoch() // self.epochs_per_task
+        if self._trained_task is not None and self._trained_task != self.task and self.trainer is not None:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        self._trained_task = self.task
+        new, replayed = self._training_data(self.task)
+        sampler = MixedBatches(
+            len(new[1]), 0 if replayed is None else len(replayed[1]), self.batch_size, self.seed, self._epoch
+        )
+        return DataLoader(MixedExamples(new, replayed), sampler=sampler, batch_size=None)
+
+    @override
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return one loader a task of the whole stream: its test data, or its held-back training data."""
+        return self._evaluation_loaders(held_back=self.validation_fraction > 0)
+
+    @override
+    def test_dataloader(self) -> list[DataLoader]:
+        """Return one loader a task of the whole stream: its test data."""
+        return self._evaluation_loaders(held_back=False)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the index of the task being trained."""
+        return {"task": self.task}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember which task was trained last, so that a resumed fit knows whether the next one is new."""
+        self._trained_task = state_dict["task"]
+
+    def _epoch(self) -> int:
+        # Where a fit resumes, Lightning reads loaders before `current_epoch` catches up with the epochs that are done.
+        done = 0 if self.trainer is None else self.trainer.fit_loop.epoch_progress.current.processed
+        return min(done, self.n_tasks * self.epochs_per_task - 1)
+
+    def _check_resumed(self) -> None:
+        if self.trainer is None:
+            return
+        every = self.trainer.reload_dataloaders_every_n_epochs
+        if every > 1 and self.trainer.current_epoch % every:
+            raise MisconfigurationException(
+                "A fit that is resumed in the middle would change tasks too late: pass Trainer(reload_dataloaders_every_n_epochs=1)."
+            )
+
+    def _split(self, task: int) -> tuple[Tensor, Tensor]:
+        """Return which training examples of a task are trained on, and which are held back."""
+        n = self.stream.n_train(task)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
+        held = round(self.validation_fraction * n)
+        return order[held:].sort().values, order[:held].sort().values
+
+    def _examples(self, task: int, data: tuple[Tensor, Tensor], chosen: Tensor | None, what: str) -> Examples:
+        x, y = data if chosen is None or len(chosen) == len(data[1]) else (data[0][chosen], data[1][chosen])
+        if len(y) == 0:
+            raise ValueError(f"Task {task} of {self.stream.name} has no {what} examples.")
+        return x, y, torch.full_like(y, task)
+
+    def _training_data(self, task: int) -> tuple[Examples, Examples | None]:
+        if self._current is None or self._current[0] != task:
+            self._current = None  # free the last task before the next one is made
+            for earlier in range(task if self.replay_per_class else 0):
+                if earlier not in self._replay:
+                    self._keep_for_replay(earlier)
+            new = self._examples(task, self.stream.train(task), self._split(task)[0], "training")
+            kept = [self._replay[earlier] for earlier in range(task if self.replay_per_class else 0)]
+            replayed = tuple(torch.cat(parts) for parts in zip(*kept, strict=True)) if kept else None
+            self._current = (task, new, replayed)  # type: ignore[assignment]
+        return self._current[1], self._current[2]  # type: ignore[index]
+
+    def _keep_for_replay(self, task: int) -> None:
+        """Choose a task's replay examples: a function of seed and task alone, so a resumed run finds the same ones."""
+        x, y, tasks = self._examples(task, self.stream.train(task), self._split(task)[0], "training")
+        kept = choose_replay(y, self.replay_per_class, self.seed * 100_003 + task)
+        self._replay[task] = (x[kept].clone(), y[kept], tasks[kept])
+
+    def _evaluation_loaders(self, *, held_back: bool) -> list[DataLoader]:
+        if held_back not in self._evaluation:
+            loaders = []
+            for task in range(self.n_tasks):
+                if held_back:
+                    data = self._examples(task, self.stream.train(task), self._split(task)[1], "held-back")
+                else:
+                    data = self._examples(task, self.stream.test(task), None, "test")
+                batches = [(part, None) for part in torch.arange(len(data[1])).split(EVALUATION_BATCH)]
+                loaders.append(DataLoader(MixedExamples(data, None), sampler=batches, batch_size=None))
+            self._evaluation[held_back] = loaders
+        return self._evaluation[held_back]
+
+
+class MixedExamples(Dataset):
+    """New and replayed examples as whole tensors; an item is a batch, cut by the indices into either."""
+
+    def __init__(self, new: Examples, replayed: Examples | None) -> None:
+        self.new = new
+        self.replayed = replayed
+
+    def __getitem__(self, index: tuple[Tensor, Tensor | None]) -> Examples:
+        """Return the batch ``(x, y, task)`` of new examples, followed by replayed ones."""
+        fresh, replay = index
+        x, y, task = (tensor[fresh] for tensor in self.new)
+        if replay is None or self.replayed is None:
+            return x, y, task
+        old = [tensor[replay] for tensor in self.replayed]
+        return torch.cat([x, old[0]]), torch.cat([y, old[1]]), torch.cat([task, old[2]])
+
+
+class MixedBatches(Sampler):
+    """Indices of whole batches: a shuffle of the new examples, and shuffles of the buffer one after another beside it.
+
+    The order depends on the seed and the epoch alone, however often it is iterated.
+    """
+
+    def __init__(self, n_new: int, n_replay: int, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.n_new, self.n_replay, self.batch_size, self.seed, self.epoch = n_new, n_replay, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return -(-self.n_new // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch())
+        order = torch.randperm(self.n_new, generator=generator)
+        replay: Tensor | None = None
+        if self.n_replay:
+            rounds = -(-self.n_new // self.n_replay)
+            replay = torch.cat([torch.randperm(self.n_replay, generator=generator) for _ in range(rounds)])
+        for start in range(0, self.n_new, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            yield chosen, None if replay is None else replay[start : start + len(chosen)]

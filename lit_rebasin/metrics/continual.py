@@ -1,0 +1,37 @@
+"""What an accuracy matrix says about a continual learner.
+
+``matrix[t, s]`` is the accuracy on task ``s`` after training task ``t``, in [0, 1]; NaN where it was not measured. Definitions are those of
+Avalanche: forgetting is the accuracy right after a task was learned minus the accuracy at the end.
+"""
+
+import torch
+from torch import Tensor
+
+
+def average_accuracy(matrix: Tensor) -> float:
+    """Return ``mean_s A[T-1, s]``, the accuracy at the end over all T tasks."""
+    return float(_square(matrix)[-1].mean())
+
+
+def forgetting(matrix: Tensor) -> float:
+    """Return ``mean_{s<T-1} (A[s, s] - A[T-1, s])``: how much was lost since each task was learned; 0 for a single task."""
+    matrix = _square(matrix)
+    if len(matrix) == 1:
+        return 0.0
+    return float((matrix.diagonal()[:-1] - matrix[-1, :-1]).mean())
+
+
+def backward_transfer(matrix: Tensor) -> float:
+    """Return the negative of `forgetting` (Lopez-Paz and Ranzato, NeurIPS 2017)."""
+    return -forgetting(matrix)
+
+
+def after_task(matrix: Tensor, task: int) -> Tensor:
+    """Return the matrix ``(task + 1, task + 1)`` of the stream as it stood after ``task``."""
+    return matrix[: task + 1, : task + 1]
+
+
+def _square(matrix: Tensor) -> Tensor:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:
+        raise ValueError(f"An accuracy matrix is square and not empty, got shape {tuple(matrix.shape)}.")
+    return matrix.double()

@@ -1,0 +1,71 @@
+"""Accuracy matrices and curves as pictures."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from lit_rebasin.metrics.continual import after_task, average_accuracy
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+
+
+def accuracy_matrix_figure(matrix: Tensor) -> Figure:
+    """Draw one accuracy matrix as a heat map."""
+    return accuracy_matrices_figure({"": matrix})
+
+
+def accuracy_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
+    """Draw the accuracy matrices of several methods side by side, with one colour scale."""
+    n = len(matrices)
+    figure = Figure(figsize=(3.6 * n + 0.8, 3.6), layout="constrained")
+    panels = figure.subplots(1, n, squeeze=False)[0]
+    for axes, (method, matrix) in zip(panels, matrices.items(), strict=True):
+        image = _heat_map(axes, matrix)
+        axes.set_title(method)
+    panels[0].set_ylabel("task trained")
+    figure.colorbar(image, ax=list(panels), label="accuracy", format=PercentFormatter(1), shrink=0.85)
+    return figure
+
+
+def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figure:
+    """Draw the average accuracy over the tasks seen so far: the mean over seeds, and the range as a band.
+
+    Args:
+        matrices: By method, one accuracy matrix a seed.
+    """
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for index, (method, seeds) in enumerate(matrices.items()):
+        curves = torch.tensor([[average_accuracy(after_task(m, t)) for t in range(len(m))] for m in seeds])
+        tasks = range(1, curves.shape[1] + 1)
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        axes.plot(tasks, curves.mean(0), color=color, marker=marker, markersize=4, label=method)
+        axes.fill_between(tasks, curves.min(0).values, curves.max(0).values, color=color, alpha=0.18, linewidth=0)
+    axes.set(xlabel="tasks learned", ylabel="average accuracy on them")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _heat_map(axes: Axes, matrix: Tensor) -> object:
+    n = len(matrix)
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xlabel("task evaluated")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    if n <= 10:
+        for row in range(n):
+            for column in range(n):
+                value = float(matrix[row, column])
+                color = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    return image
