@@ -1,0 +1,192 @@
+"""The configuration behind both commands, and how a run is built from it."""
+
+import logging
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
+from lit_rebasin.cli.methods import METHODS
+from lit_rebasin.cli.report import print_accuracy, write_text
+from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
+
+PACKAGES = ("lit-rebasin", "torch", "lightning", "torchmetrics", "torchvision", "avalanche-lib", "pot", "numpy", "scipy")
+
+
+class UsageError(ValueError):
+    """A wrong word on the command line or in the YAML file."""
+
+
+class ContinualCLI(LightningCLI):
+    """Parse the one YAML file that both commands read; nothing is instantiated until a method and a seed are chosen."""
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self.command = command
+        try:
+            super().__init__(
+                ContinualClassifier,
+                ContinualDataModule,
+                args=list(arguments),
+                run=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs={
+                    "prog": f"lit-rebasin {command}",
+                    "description": "Continual learning by re-basin.",
+                    "exit_on_error": False,
+                },
+            )
+        except (ArgumentError, TypeError) as error:
+            raise UsageError(str(error)) from None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a benchmark needs beyond trainer, model and data."""
+        names = ", ".join(METHODS)
+        parser.add_argument("--method", default="rebasin", help=f"What `fit` trains: {names}.")
+        parser.add_argument("--methods", type=list[str] | str, default=["finetune", "replay", "rebasin"], help="What `benchmark` runs.")
+        parser.add_argument("--seeds", type=list[int] | int | str, default=[0, 1, 2], help="Seeds of `benchmark`, as in 0,1,2.")
+        parser.add_argument("--data_dir", type=str | None, default=None, help="Folder of the data sets; the same as --data.data_dir.")
+        parser.add_argument("--output_dir", default="runs", help="Where results, logs and checkpoints go.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint from which `fit` goes on.")
+        parser.add_class_arguments(RebasinMerge, "merge")
+        parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
+        parser.link_arguments("data.n_heads", "model.n_heads", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Leave it to `build_run`, which does it once a method and seed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed, ready to be fitted."""
+
+    trainer: pl.Trainer
+    model: ContinualClassifier
+    data: ContinualDataModule
+    monitor: ContinualMonitor
+
+
+def build_run(
+    cli: ContinualCLI, method: str, seed: int, folder: Path, callbacks: Sequence[pl.Callback], **trainer_options: Any
+) -> Run:
+    """Seed everything, and build model, data and Trainer from the configuration.
+
+    Args:
+        cli: The parsed configuration.
+        method: A name of `METHODS`.
+        seed: Of the initial weights, the stream and everything drawn.
+        folder: Where logs go; what the run is, with the versions of the packages, is written there.
+        callbacks: Further callbacks.
+        **trainer_options: Take the place of the configuration's.
+    """
+    chosen = METHODS[method]
+    config = cli.config.clone()
+    config.seed_everything = config.data.seed = config.merge.seed = seed
+    config.method = method
+    if not chosen.replay:
+        config.data.replay_per_class = 0
+    elif config.data.replay_per_class == 0:
+        raise UsageError(f"method {method!r} replays examples, but data.replay_per_class is 0")
+    if not chosen.align:
+        config.merge.method = "identity"
+    if config.data_dir is not None:
+        config.data.data_dir = config.data_dir
+    pl.seed_everything(seed, verbose=False)
+    made = cli.parser.instantiate_classes(config)
+    options = {**_fill_trainer(made.trainer, made.data), **trainer_options}
+    monitor = ContinualMonitor()
+    merges = [made.merge] if chosen.merge else []
+    logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
+    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, *callbacks]
+    trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
+    _record(cli, config, folder)
+    logger.log_hyperparams({"method": method, "seed": seed})
+    return Run(trainer, made.model, made.data, monitor)
+
+
+def _fill_trainer(options: Namespace, data: ContinualDataModule) -> dict[str, Any]:
+    """Fit the Trainer to the stream where the configuration leaves it open."""
+    filled = dict(vars(options))
+    if filled["max_epochs"] is None and filled["max_steps"] == -1:
+        filled["max_epochs"] = data.n_tasks * data.epochs_per_task
+    if filled["reload_dataloaders_every_n_epochs"] == 0:
+        filled["reload_dataloaders_every_n_epochs"] = 1
+    if filled["check_val_every_n_epoch"] == 1:
+        filled["check_val_every_n_epoch"] = data.epochs_per_task
+    return filled
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _record(cli: ContinualCLI, config: Namespace, folder: Path) -> None:
+    write_text(folder / "config.yaml", cli.parser.dump(config, skip_validation=True))
+    write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def prepare_folder(path: str) -> Path:
+    """Make the output folder, and see that it can be written to, before any work is done."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"output_dir {path} cannot be written to ({error.strerror}); choose another") from None
+    return folder
+
+
+def hush() -> None:
+    """Silence what Lightning and its dependencies say about things that a benchmark does on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def run_fit(arguments: Sequence[str]) -> None:
+    """Train one method over the stream, and print the accuracy matrix."""
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    cli = ContinualCLI("fit", arguments)
+    method, seed = cli.config.method, int(cli.config.seed_everything)
+    check_methods([method])
+    folder = prepare_folder(cli.config.output_dir) / "fit" / method / f"seed_{seed}"
+    saver = ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)
+    run = build_run(cli, method, seed, folder, [saver])
+    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cli.config.ckpt_path)
+    print_accuracy(method, run.monitor.matrix, folder)
+
+
+def run_benchmark(arguments: Sequence[str]) -> None:
+    """Run several methods over several seeds."""
+    from lit_rebasin.cli.benchmark import benchmark
+
+    hush()
+    benchmark(ContinualCLI("benchmark", arguments))
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raise a `UsageError` for a method that does not exist."""
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise UsageError(f"there is no method {unknown[0] if unknown else ''!r}; choose from {', '.join(METHODS)}")

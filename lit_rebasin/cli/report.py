@@ -1,0 +1,106 @@
+"""What a run leaves behind: tables, results and pictures."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_rebasin.metrics import (
+    accuracy_matrices_figure,
+    accuracy_matrix_figure,
+    accuracy_over_tasks_figure,
+    average_accuracy,
+    forgetting,
+)
+
+COLUMNS = {
+    "accuracy": "average accuracy %",
+    "forgetting": "forgetting %",
+    "backward_transfer": "backward transfer %",
+    "seconds": "seconds",
+}
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Return the table of a benchmark: mean and standard deviation over the seeds."""
+    n_seeds = len(results["protocol"]["seeds"])
+    title = f"{results['benchmark']}, {results['n_tasks']} tasks, {n_seeds} seed{'s' if n_seeds > 1 else ''}"
+    table = Table("method", title=title)
+    for header in COLUMNS.values():
+        table.add_column(header, justify="right")
+    for row in _rows(results):
+        table.add_row(*row)
+    return table
+
+
+def write_report(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``results.json``, ``results.md`` and the two pictures, each complete or not at all."""
+    write_text(folder / "results.json", json.dumps(results, indent=1))
+    header = ["method", *COLUMNS.values()]
+    lines = [header, ["---"] + ["---:"] * len(COLUMNS), *_rows(results)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    protocol = results["protocol"]
+    about = (
+        f"{results['benchmark']}, {results['n_tasks']} tasks; mean and standard deviation over seeds "
+        f"{', '.join(map(str, protocol['seeds']))}.\n\nMade by `{protocol['command']}` with "
+        f"{', '.join(f'{name} {number}' for name, number in protocol['versions'].items())}, {protocol['threads']} threads."
+    )
+    write_text(folder / "results.md", f"{about}\n\n{table}\n")
+    matrices = {name: [torch.tensor(m) for m in found["accuracy_matrix"]] for name, found in results["methods"].items()}
+    means = {name: torch.stack(found).mean(0) for name, found in matrices.items()}
+    write_figure(folder / "accuracy_matrix.png", accuracy_matrices_figure(means))
+    write_figure(folder / "accuracy_over_tasks.png", accuracy_over_tasks_figure(matrices))
+
+
+def print_accuracy(method: str, matrix: Tensor, folder: Path) -> None:
+    """Print and draw the accuracy matrix of one fit."""
+    table = Table("trained \\ evaluated", *[str(task) for task in range(len(matrix))], title=f"{method}: accuracy %")
+    for task, row in enumerate(matrix.tolist()):
+        table.add_row(str(task), *[f"{100 * value:.1f}" for value in row])
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if len(matrix) and not matrix.isnan().any():
+        console.print(f"average accuracy {average_accuracy(matrix):.3f}, forgetting {forgetting(matrix):.3f}")
+        write_figure(folder / "accuracy_matrix.png", accuracy_matrix_figure(matrix))
+    console.print(f"Logs and checkpoints: {folder}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a picture under a temporary name, then rename it."""
+    _write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)  # noqa: PTH105, which has no name for an atomic replace
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rows(results: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for method, found in results["methods"].items():
+        cells = [_cell(found[key], 1 if key == "seconds" else 100) for key in COLUMNS]
+        rows.append([method, *cells])
+    return rows
+
+
+def _cell(values: list[float], scale: float) -> str:
+    spread = f" ± {scale * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{scale * mean(values):.1f}{spread}"
