@@ -24,7 +24,7 @@ from lit_rebasin.merging import LinearPath, PathLosses, line_search
 from lit_rebasin.symmetry import PermutationSpec, identity, permute
 
 Weights = Mapping[str, Tensor]
-METHODS = ("sinkhorn", "weights", "identity")
+METHODS = ("weights", "sinkhorn", "identity")
 COSTS = ("incremental", "midpoint", "random-point", "l2")
 
 

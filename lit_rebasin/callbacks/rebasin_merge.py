@@ -35,8 +35,8 @@ class RebasinMerge(Callback):
 
     Args:
         alpha: Weight of the previous model in [0, 1], or ``"line-search"`` for the lowest loss on training batches along the path.
-        method: How to align: ``"sinkhorn"`` starts from weight matching and trains soft permutations on ``cost``, ``"weights"`` stops at
-            weight matching, ``"identity"`` does not align (plain averaging).
+        method: How to align: ``"weights"`` matches the weights, ``"sinkhorn"`` goes on from there and trains soft permutations on ``cost``,
+            ``"identity"`` does not align (plain averaging).
         cost: What ``"sinkhorn"`` minimises: ``"incremental"``, the loss of the merge with a trained residual; ``"midpoint"`` or
             ``"random-point"``, the loss on the path; ``"l2"``, the distance of the weights.
         steps: Gradient steps of ``"sinkhorn"`` a task.
@@ -57,7 +57,7 @@ class RebasinMerge(Callback):
     def __init__(
         self,
         alpha: float | Literal["line-search"] = 0.8,
-        method: Literal["sinkhorn", "weights", "identity"] = "sinkhorn",
+        method: Literal["weights", "sinkhorn", "identity"] = "weights",
         cost: Literal["incremental", "midpoint", "random-point", "l2"] = "incremental",
         steps: int = 100,
         learning_rate: float = 0.1,

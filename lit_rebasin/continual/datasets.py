@@ -85,6 +85,8 @@ def load_npz(path: str | None) -> Arrays:
         raise ValueError("The benchmark 'arrays' needs data_dir, the path of an .npz with x_train, y_train, x_test and y_test.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}; data_dir of the benchmark 'arrays' is the path of an .npz.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a readable .npz.")
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as file:

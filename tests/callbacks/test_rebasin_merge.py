@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lit_rebasin import RebasinMerge
 
-from .conftest import UserModule, Walk, digits, loader, make_trainer
+from .user_code import UserModule, Walk, digits, loader, make_trainer
 
 
 def weights(module):
@@ -41,7 +41,7 @@ def fit_tasks(tmp_path, module, merge, tasks=2, **options):
     return trainers
 
 
-@pytest.mark.parametrize("method", ["identity", "sinkhorn"])
+@pytest.mark.parametrize("method", ["identity", "weights", "sinkhorn"])
 def test_merge_with_identity_permutations_equals_plain_averaging(tmp_path, method):
     """With shared weights the sinkhorn start is the identity too; without steps and residual it stays there."""
     module, merge = UserModule(), RebasinMerge(alpha=0.3, method=method, steps=0)
@@ -79,7 +79,7 @@ def test_merge_undoes_a_permutation(tmp_path):
 
 
 def test_one_fit_walks_the_stream(tmp_path):
-    module, merge, snapshot = UserModule(), RebasinMerge(alpha=0.5, steps=5), Snapshot()
+    module, merge, snapshot = UserModule(), RebasinMerge(alpha=0.5, method="sinkhorn", steps=5), Snapshot()
     trainer = make_trainer(tmp_path, snapshot, merge, max_epochs=6, reload_dataloaders_every_n_epochs=2)
     trainer.fit(module, datamodule=Walk())
     assert merge.n_tasks == 3
@@ -92,7 +92,7 @@ def test_one_fit_walks_the_stream(tmp_path):
 
 
 def test_one_fit_a_task_with_the_same_object(tmp_path):
-    module, merge = UserModule(), RebasinMerge(alpha=0.5, steps=5)
+    module, merge = UserModule(), RebasinMerge(alpha=0.5, method="sinkhorn", steps=5)
     trainers = fit_tasks(tmp_path, module, merge, tasks=3, logger=True, enable_checkpointing=True)
     assert merge.n_tasks == 3
     for task, trainer in enumerate(trainers):
@@ -105,7 +105,7 @@ def test_one_fit_a_task_with_the_same_object(tmp_path):
 
 
 def test_curves_of_later_tasks_do_not_overlap_earlier_ones(tmp_path):
-    module, merge = UserModule(), RebasinMerge(steps=2)
+    module, merge = UserModule(), RebasinMerge()
     steps = []
 
     class Steps(Callback):
@@ -121,11 +121,11 @@ def test_callback_restored_from_a_checkpoint_goes_on_as_the_same_object(tmp_path
     results = []
     for restore in (False, True):
         torch.manual_seed(0)
-        module, merge = UserModule(), RebasinMerge(alpha=0.6, steps=5)
+        module, merge = UserModule(), RebasinMerge(alpha=0.6, method="sinkhorn", steps=5)
         (trainer,) = fit_tasks(tmp_path, module, merge, tasks=1, logger=True, enable_checkpointing=True)
         if restore:
             checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
-            merge = RebasinMerge(alpha=0.6, steps=5)
+            merge = RebasinMerge(alpha=0.6, method="sinkhorn", steps=5)
             merge.load_state_dict(checkpoint["callbacks"][merge.state_key])
             module = UserModule()
             module.load_state_dict(checkpoint["state_dict"])
@@ -146,7 +146,7 @@ def test_merge_leaves_no_trace_in_metrics_random_state_and_modes(tmp_path):
                 probes[-1] += ({k: v.clone() for k, v in pl_module.train_acc.metric_state.items()},)
 
     probes = []
-    module, merge = UserModule(), RebasinMerge(steps=3)
+    module, merge = UserModule(), RebasinMerge(method="sinkhorn", steps=3)
     make_trainer(tmp_path, merge).fit(module, loader())
     probes.clear()
     make_trainer(tmp_path, Probe(), merge, type("After", (Probe,), {})(), max_epochs=1).fit(module, loader(shift=1))
@@ -159,7 +159,7 @@ def test_merge_leaves_no_trace_in_metrics_random_state_and_modes(tmp_path):
 
 
 def test_statistics_are_those_of_the_merged_weights(tmp_path):
-    module, merge = UserModule(), RebasinMerge(steps=0, method="identity", batches=6)
+    module, merge = UserModule(), RebasinMerge(method="identity", batches=6)
     fit_tasks(tmp_path, module, merge)
     x = torch.cat([batch[0] for batch in loader(shift=1, shuffle=False)])
     hidden = module.net[1](x)
@@ -207,7 +207,7 @@ def test_line_search_takes_the_best_of_the_path(tmp_path):
 
 
 def test_early_stop_still_merges_and_saves_the_merged_model(tmp_path):
-    module, merge = UserModule(), RebasinMerge(alpha=0.5, steps=0)
+    module, merge = UserModule(), RebasinMerge(alpha=0.5)
     make_trainer(tmp_path, merge).fit(module, loader())
     stop = EarlyStopping("train_loss", patience=1, divergence_threshold=1e-9)
     saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
@@ -219,7 +219,7 @@ def test_early_stop_still_merges_and_saves_the_merged_model(tmp_path):
 
 
 def test_max_steps_ends_a_task(tmp_path):
-    module, merge = UserModule(), RebasinMerge(steps=0)
+    module, merge = UserModule(), RebasinMerge()
     fit_tasks(tmp_path, module, merge, max_epochs=-1, max_steps=4)
     assert merge.n_tasks == 2
     assert len(merge.history) == 1
@@ -232,7 +232,7 @@ def test_max_steps_ends_a_task(tmp_path):
         ({"alpha": 1.5}, r"alpha .* must lie in \[0, 1\]"),
         ({"alpha": float("nan")}, r"alpha .* must lie in \[0, 1\]"),
         ({"alpha": "best"}, "line-search"),
-        ({"method": "hungarian"}, "method must be one of sinkhorn, weights, identity"),
+        ({"method": "hungarian"}, "method must be one of weights, sinkhorn, identity"),
         ({"cost": "l3"}, "cost must be one of"),
         ({"steps": -1}, "steps must be at least 0"),
         ({"batches": 0}, "batches must be at least 1"),
@@ -252,7 +252,7 @@ def test_nan_refuses_the_merge_and_keeps_the_previous_model(tmp_path):
                 with torch.no_grad():
                     pl_module.net[1].bias[3] = float("nan")
 
-    module, merge = UserModule(), RebasinMerge(steps=0)
+    module, merge = UserModule(), RebasinMerge()
     make_trainer(tmp_path, merge).fit(module, loader())
     previous = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.warns(UserWarning, match=r"merge after task 1 is refused: .* 'net.1.bias'.*previous model is kept"):
@@ -290,7 +290,7 @@ def test_no_permutable_group(tmp_path):
 
 
 def test_previous_model_of_another_architecture(tmp_path):
-    merge = RebasinMerge(steps=0)
+    merge = RebasinMerge()
     make_trainer(tmp_path, merge).fit(UserModule(), loader())
     other = UserModule()
     other.net[1] = nn.Linear(64, 30)
@@ -302,7 +302,7 @@ def test_previous_model_of_another_architecture(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*zero:UserWarning")
 def test_empty_task(tmp_path):
-    merge, module = RebasinMerge(steps=0), UserModule()
+    merge, module = RebasinMerge(), UserModule()
     make_trainer(tmp_path, merge).fit(module, loader())
     empty = DataLoader(torch.utils.data.Subset(digits(), []), batch_size=10)
     with pytest.raises(MisconfigurationException, match="Task 1 has no training batches"):
@@ -327,7 +327,7 @@ def test_manual_optimization_is_refused(tmp_path):
 
 
 def test_sanity_check_merges_nothing(tmp_path):
-    merge = RebasinMerge(steps=0)
+    merge = RebasinMerge()
     trainer = make_trainer(tmp_path, merge, max_epochs=2, num_sanity_val_steps=2)
     trainer.fit(UserModule(), loader(), loader(shuffle=False))
     assert merge.n_tasks == 1

@@ -1,15 +1,10 @@
-import logging
-
 import lightning.pytorch as pl
-import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
-
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 class UserModule(pl.LightningModule):
@@ -85,7 +80,3 @@ def make_trainer(tmp_path, *callbacks, max_epochs=2, **options):
         **options,
     )
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    pl.seed_everything(0, verbose=False)

@@ -1,0 +1,210 @@
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lit_rebasin import ContinualDataModule
+from lit_rebasin.continual.replay import choose_replay
+
+
+class Learner(pl.LightningModule):
+    """Notes what it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(64, 10)
+        self.batches, self.optimizers_made, self.fresh = [], 0, []
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            self.fresh.append(not self.trainer.optimizers[0].state)
+        self.batches.append((self.current_epoch, *batch))
+        return nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val_acc", (self.net(batch[0].flatten(1)).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        self.optimizers_made += 1
+        return torch.optim.Adam(self.parameters())
+
+
+def trainer(max_epochs, reload=1, **options):
+    options = {"logger": False, "enable_checkpointing": False, **options}
+    return pl.Trainer(
+        max_epochs=max_epochs,
+        reload_dataloaders_every_n_epochs=reload,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def digits(**options):
+    options = {"n_tasks": 3, "epochs_per_task": 2, "batch_size": 100, "replay_per_class": 2, **options}
+    return ContinualDataModule("rotated-digits", **options)
+
+
+@pytest.mark.parametrize("reload", [1, 2])
+def test_fit_walks_the_stream_with_replay_and_fresh_optimizers(reload):
+    module, data = Learner(), digits()
+    trainer(6, reload).fit(module, datamodule=data)
+    assert module.optimizers_made == 3
+    assert module.fresh == [True, False] * 3
+    for epoch, x, y, task in module.batches:
+        current = epoch // 2
+        n_new = int((task == current).sum())
+        assert len(x) == len(y) == len(task)
+        assert bool((task[:n_new] == current).all())
+        assert int((task < current).sum()) == (n_new if current else 0)
+    per_epoch = [sum(int((b[3] == b[0] // 2).sum()) for b in module.batches if b[0] == epoch) for epoch in range(6)]
+    assert per_epoch == [1437] * 6
+    replayed = torch.cat([b[3][b[3] < 2] for b in module.batches if b[0] == 4])
+    assert abs(int((replayed == 0).sum()) - int((replayed == 1).sum())) <= 40  # evenly over the buffer
+
+
+def test_buffer_holds_k_examples_of_each_class_of_each_task():
+    data = digits(replay_per_class=3, n_tasks=4)
+    _, replayed = data._training_data(3)
+    x, y, task = replayed
+    assert task.bincount().tolist() == [30, 30, 30]
+    for t in range(3):
+        assert y[task == t].bincount().tolist() == [3] * 10
+        originals = data.stream.train(t)[0].flatten(1)
+        same = (x[task == t].flatten(1)[:, None] == originals[None]).all(-1)
+        assert same.any(1).all()
+        assert len(set(same.int().argmax(1).tolist())) == 30
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    data = digits()
+    loader = data.train_dataloader()
+    first = [batch[0] for batch in loader]
+    next(iter(loader))
+    torch.manual_seed(123)
+    again = [batch[0] for batch in digits().train_dataloader()]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    other = next(iter(digits(seed=1).train_dataloader()))[0]
+    assert not torch.equal(first[0], other)
+    module = Learner()
+    trainer(2).fit(module, datamodule=digits())
+    assert not torch.equal(module.batches[0][1], module.batches[15][1])  # another epoch, another order
+
+
+def test_held_back_examples_are_never_trained_on_nor_replayed():
+    data = digits(validation_fraction=0.25, replay_per_class=50)
+    held = torch.cat([batch[0] for batch in data.val_dataloader()[0]]).flatten(1)
+    new, _ = data._training_data(0)
+    _, replayed = data._training_data(1)
+    assert len(held) == 359
+    assert len(new[1]) == 1437 - 359
+    # Of the scans that are twice in the data set none can be told apart; there is none in this split.
+    for trained in (new[0], replayed[0]):
+        assert torch.cdist(held, trained.flatten(1)).min() > 1e-3
+    test = torch.cat([batch[0] for batch in data.test_dataloader()[0]])
+    assert len(test) == 360
+    validation = torch.cat([batch[0] for batch in digits().val_dataloader()[0]])
+    assert torch.equal(validation, test)
+
+
+def test_task_scenario_has_a_head_a_task(tmp_path):
+    y = np.arange(60) % 5
+    x = np.random.default_rng(0).integers(0, 255, (60, 8, 8)).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    data = ContinualDataModule("arrays", n_tasks=2, scenario="task", data_dir=str(tmp_path / "a.npz"))
+    assert (data.n_heads, data.n_classes, data.n_tasks, data.input_shape) == (2, 3, 2, (1, 8, 8))
+
+
+class Stop(Exception):
+    pass
+
+
+class Crash(pl.Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise Stop
+
+
+@pytest.mark.parametrize(("crash", "fresh"), [(2, [True, False, True, False]), (3, [False, True, False])])
+def test_resume_finds_the_task_and_its_optimizer(tmp_path, crash, fresh):
+    """After epoch 1 (a boundary) the optimizer is new; after epoch 2 (inside task 1) it is the restored one."""
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    options = {"enable_checkpointing": True, "callbacks": [saver, Crash(crash)]}
+    with pytest.raises(Stop):
+        trainer(6, **options).fit(Learner(), datamodule=digits())
+    module, data = Learner(), digits()
+    trainer(6).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    assert module.fresh == fresh
+    assert [batch[0] for batch in module.batches] == [e for e in range(crash, 6) for _ in range(15)]
+    assert all(int(batch[3].max()) == batch[0] // 2 for batch in module.batches)
+    reference = Learner()
+    trainer(6).fit(reference, datamodule=digits())
+    assert torch.equal(reference.batches[-1][1], module.batches[-1][1])
+
+
+def test_resume_with_rare_reloads_is_refused(tmp_path):
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    with pytest.raises(Stop):
+        trainer(6, 2, enable_checkpointing=True, callbacks=[saver, Crash(2)]).fit(Learner(), datamodule=digits())
+    with pytest.raises(MisconfigurationException, match="reload_dataloaders_every_n_epochs=1"):
+        trainer(6, 2).fit(Learner(), datamodule=digits(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_fast_dev_run():
+    pl.Trainer(fast_dev_run=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False).fit(Learner(), datamodule=digits())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"epochs_per_task": 0}, "epochs_per_task must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"replay_per_class": -1}, "replay_per_class must be at least 0"),
+        ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\)"),
+    ],
+)
+def test_bad_arguments(options, match):
+    with pytest.raises(ValueError, match=match):
+        digits(**options)
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "reload", "match"),
+    [
+        (5, 1, r"max_epochs=5\) does not fit epochs_per_task=2 and 3 tasks: pass max_epochs=6"),
+        (8, 1, r"max_epochs=8\) does not fit"),
+        (6, 0, r"pass reload_dataloaders_every_n_epochs=1"),
+        (6, 4, r"pass reload_dataloaders_every_n_epochs=1"),
+    ],
+)
+def test_trainer_that_does_not_fit_the_stream(max_epochs, reload, match):
+    module = Learner()
+    with pytest.raises(MisconfigurationException, match=match):
+        trainer(max_epochs, reload).fit(module, datamodule=digits())
+    assert module.batches == []
+
+
+def test_empty_task(tmp_path):
+    y, y_test = np.arange(20) % 2, np.zeros(5, int)
+    x = np.zeros((20, 4, 4), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y_test)
+    data = ContinualDataModule("arrays", n_tasks=2, data_dir=str(tmp_path / "a.npz"))
+    with pytest.raises(ValueError, match=r"Task \d of arrays has no test examples"):
+        data.val_dataloader()
+
+
+def test_replay_is_a_function_of_the_seed():
+    labels = torch.arange(100) % 7
+    state = torch.random.get_rng_state()
+    kept = choose_replay(labels, 2, seed=1)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert labels[kept].bincount().tolist() == [2] * 7
+    assert torch.equal(kept, choose_replay(labels, 2, seed=1))
+    assert not torch.equal(kept, choose_replay(labels, 2, seed=2))
+    assert len(choose_replay(torch.tensor([0, 0, 0, 1]), 3, seed=0)) == 4
