@@ -50,7 +50,7 @@ class RebasinMerge(Callback):
 
     Example::
 
-        trainer = Trainer(max_epochs=25, reload_dataloaders_every_n_epochs=5, callbacks=[RebasinMerge(alpha=0.8)])
+        trainer = Trainer(max_epochs=25, reload_dataloaders_every_n_epochs=1, callbacks=[RebasinMerge(alpha=0.8)])
         trainer.fit(model, ContinualDataModule("rotated-digits", epochs_per_task=5, replay_per_class=5))
     """
 

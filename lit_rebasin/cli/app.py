@@ -20,8 +20,19 @@ from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.report import print_accuracy, write_text
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
+from lit_rebasin.metrics import average_accuracy, forgetting
 
-PACKAGES = ("lit-rebasin", "torch", "lightning", "torchmetrics", "torchvision", "avalanche-lib", "pot", "numpy", "scipy")
+PACKAGES = (
+    "lit-rebasin",
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "torchvision",
+    "avalanche-lib",
+    "pot",
+    "numpy",
+    "scipy",
+)
 
 
 class UsageError(ValueError):
@@ -56,9 +67,15 @@ class ContinualCLI(LightningCLI):
         """Add what a benchmark needs beyond trainer, model and data."""
         names = ", ".join(METHODS)
         parser.add_argument("--method", default="rebasin", help=f"What `fit` trains: {names}.")
-        parser.add_argument("--methods", type=list[str] | str, default=["finetune", "replay", "rebasin"], help="What `benchmark` runs.")
-        parser.add_argument("--seeds", type=list[int] | int | str, default=[0, 1, 2], help="Seeds of `benchmark`, as in 0,1,2.")
-        parser.add_argument("--data_dir", type=str | None, default=None, help="Folder of the data sets; the same as --data.data_dir.")
+        parser.add_argument(
+            "--methods", type=list[str] | str, default=["finetune", "replay", "rebasin"], help="What `benchmark` runs."
+        )
+        parser.add_argument(
+            "--seeds", type=list[int] | int | str, default=[0, 1, 2], help="Seeds of `benchmark`, as in 0,1,2."
+        )
+        parser.add_argument(
+            "--data_dir", type=str | None, default=None, help="Folder of the data sets; the same as --data.data_dir."
+        )
         parser.add_argument("--output_dir", default="runs", help="Where results, logs and checkpoints go.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint from which `fit` goes on.")
         parser.add_class_arguments(RebasinMerge, "merge")
@@ -115,6 +132,16 @@ def build_run(
     _record(cli, config, folder)
     logger.log_hyperparams({"method": method, "seed": seed})
     return Run(trainer, made.model, made.data, monitor)
+
+
+def log_outcome(run: Run) -> None:
+    """Put the run's hyper-parameters beside its outcome on TensorBoard's HPARAMS page, which needs both at once."""
+    matrix = run.monitor.matrix
+    outcome = {"outcome/average_accuracy": average_accuracy(matrix), "outcome/forgetting": forgetting(matrix)}
+    for logger in run.trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(dict(logger.hparams), outcome, step=len(matrix) - 1)
+            logger.finalize("success")
 
 
 def _fill_trainer(options: Namespace, data: ContinualDataModule) -> dict[str, Any]:
@@ -175,6 +202,8 @@ def run_fit(arguments: Sequence[str]) -> None:
     run = build_run(cli, method, seed, folder, [saver])
     run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cli.config.ckpt_path)
     print_accuracy(method, run.monitor.matrix, folder)
+    if len(run.monitor.matrix):
+        log_outcome(run)
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:

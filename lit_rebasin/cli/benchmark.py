@@ -13,7 +13,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor
 from typing_extensions import override
 
-from lit_rebasin.cli.app import ContinualCLI, UsageError, build_run, check_methods, package_versions, prepare_folder
+from lit_rebasin.cli.app import (
+    ContinualCLI,
+    UsageError,
+    build_run,
+    check_methods,
+    log_outcome,
+    package_versions,
+    prepare_folder,
+)
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.report import results_table, write_report
 from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
@@ -43,9 +51,8 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
                 watch.n_tasks = run.data.n_tasks
                 run.trainer.fit(run.model, datamodule=run.data)
                 seconds[method].append(perf_counter() - started)
-                if run.trainer.interrupted:
-                    raise KeyboardInterrupt
                 matrices[method].append(_complete(run.monitor.matrix, run.data.n_tasks))
+                log_outcome(run)
     results = _results(cli, matrices, seconds, run.data.stream.name, len(matrices[methods[0]][0]))
     write_report(folder, results)
     Console().print(results_table(results))
@@ -55,9 +62,11 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
 
 def _complete(matrix: Tensor, n_tasks: int) -> Tensor:
     """Return the square part of the matrix that a fit of the first tasks alone has filled."""
-    trained = int((~matrix[:, 0].isnan()).sum())
+    trained = int((~matrix.diagonal().isnan()).sum())
     if trained == 0:
-        raise UsageError("no task was finished: trainer.max_epochs or trainer.max_steps ends the run before data.epochs_per_task epochs")
+        raise UsageError(
+            "no task was finished: trainer.max_epochs or trainer.max_steps ends the run before data.epochs_per_task epochs"
+        )
     return matrix[:trained, :trained] if trained < n_tasks else matrix
 
 

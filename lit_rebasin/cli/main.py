@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (run_fit if words[0] == "fit" else run_benchmark)(words[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except SystemExit as ending:  # --help and --print_config end with 0; Lightning turns Ctrl-C into an exit with 1
+        return 0 if not ending.code else _fail("interrupted", 130)
     except UsageError as error:
         return _fail(str(error), 2)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:

@@ -13,8 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 class ContinualClassifier(LightningModule):
     """Classify a stream of tasks with any backbone, through one head or a head a task.
 
-    Batches are ``(x, y, task)`` as :class:`~lit_rebasin.continual.ContinualDataModule` gives them. Logs ``train_loss``, ``val_loss`` and
-    ``val_acc`` (one value a validation loader).
+    Batches are ``(x, y, task)`` as :class:`~lit_rebasin.continual.ContinualDataModule` gives them. Logs ``train_loss``, ``train_acc``,
+    ``val_loss`` and ``val_acc`` (one value a validation loader).
 
     Args:
         backbone: Maps images ``(B, C, H, W)`` to logits ``(B, n_classes)``, or to features ``(B, n_features)`` if ``n_features`` is given.
@@ -75,8 +75,10 @@ class ContinualClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch ``(x, y, task)``."""
         x, y, task = batch
-        loss = cross_entropy(self(x, task), y)
+        logits = self(x, task)
+        loss = cross_entropy(logits, y)
         self.log("train_loss", loss, prog_bar=True)
+        self.log("train_acc", (logits.argmax(1) == y).float().mean())
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -112,8 +112,9 @@ class ContinualDataModule(LightningDataModule):
         if stage != "fit" or self.trainer is None:
             return
         self._trained_task = None
-        max_epochs, every = self.trainer.max_epochs, self.trainer.reload_dataloaders_every_n_epochs
-        if self.trainer.fast_dev_run or max_epochs is None:
+        trainer: Any = self.trainer  # some of what it sets in its constructor is not declared
+        max_epochs, every = trainer.max_epochs, trainer.reload_dataloaders_every_n_epochs
+        if trainer.fast_dev_run or max_epochs is None:
             return
         if max_epochs % self.epochs_per_task or not 0 < max_epochs <= self.n_tasks * self.epochs_per_task:
             raise MisconfigurationException(
@@ -162,14 +163,14 @@ class ContinualDataModule(LightningDataModule):
 
     def _epoch(self) -> int:
         # Where a fit resumes, Lightning reads loaders before `current_epoch` catches up with the epochs that are done.
-        done = 0 if self.trainer is None else self.trainer.fit_loop.epoch_progress.current.processed
+        trainer: Any = self.trainer
+        done = 0 if trainer is None else trainer.fit_loop.epoch_progress.current.processed
         return min(done, self.n_tasks * self.epochs_per_task - 1)
 
     def _check_resumed(self) -> None:
-        if self.trainer is None:
-            return
-        every = self.trainer.reload_dataloaders_every_n_epochs
-        if every > 1 and self.trainer.current_epoch % every:
+        trainer: Any = self.trainer
+        every = 1 if trainer is None else trainer.reload_dataloaders_every_n_epochs
+        if every > 1 and trainer.current_epoch % every:
             raise MisconfigurationException(
                 "A fit that is resumed in the middle would change tasks too late: pass Trainer(reload_dataloaders_every_n_epochs=1)."
             )

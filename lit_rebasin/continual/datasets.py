@@ -82,7 +82,9 @@ def load_npz(path: str | None) -> Arrays:
         FileNotFoundError: If there is no such file.
     """
     if path is None:
-        raise ValueError("The benchmark 'arrays' needs data_dir, the path of an .npz with x_train, y_train, x_test and y_test.")
+        raise ValueError(
+            "The benchmark 'arrays' needs data_dir, the path of an .npz with x_train, y_train, x_test and y_test."
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}; data_dir of the benchmark 'arrays' is the path of an .npz.")
     if not zipfile.is_zipfile(path):
@@ -100,11 +102,15 @@ def load_npz(path: str | None) -> Arrays:
     labels = {part: _labels(found[f"y_{part}"], f"y_{part}", path) for part in ("train", "test")}
     for part in ("train", "test"):
         if len(images[part]) != len(labels[part]) or len(labels[part]) == 0:
-            raise ValueError(f"{path}: x_{part} has {len(images[part])} examples and y_{part} {len(labels[part])}; they must be equal, above 0.")
+            raise ValueError(
+                f"{path}: x_{part} has {len(images[part])} examples and y_{part} {len(labels[part])}; they must be equal, above 0."
+            )
     if images["train"].shape[1:] != images["test"].shape[1:]:
         raise ValueError(f"{path}: x_train and x_test hold images of different shapes.")
     if labels["test"].max() > labels["train"].max():
-        raise ValueError(f"{path}: y_test holds class {int(labels['test'].max())}, beyond the largest of y_train, {int(labels['train'].max())}.")
+        raise ValueError(
+            f"{path}: y_test holds class {int(labels['test'].max())}, beyond the largest of y_train, {int(labels['train'].max())}."
+        )
     return Arrays(images["train"], labels["train"], images["test"], labels["test"])
 
 

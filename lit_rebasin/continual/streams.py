@@ -123,7 +123,9 @@ def pixel_permutation(order: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda images: images.flatten(1)[:, order].reshape(images.shape)
 
 
-def _rotated_digits(name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int) -> Stream:
+def _rotated_digits(
+    name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int
+) -> Stream:
     """Scikit-learn's 1,797 scans of 8 x 8 pixels, a fixed stratified fifth of them for the test."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)
@@ -142,20 +144,26 @@ def _rotated(name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, 
     return Stream(name, scenario, 10, base, tuple(recipes), mean, std)
 
 
-def _permuted_mnist(name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int) -> Stream:
+def _permuted_mnist(
+    name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int
+) -> Stream:
     base, mean, std = _mnist(name, data_dir, download)
-    draws = np.random.RandomState(seed)  # noqa: NPY002, the generator that Avalanche draws from
+    draws = np.random.RandomState(seed)
     orders = [torch.from_numpy(draws.permutation(784)) for _ in range(n_tasks)]
     recipes = tuple(TaskRecipe(transform=pixel_permutation(order)) for order in orders)
     return Stream(name, scenario, 10, base, recipes, mean, std)
 
 
-def _split_mnist(name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int) -> Stream:
+def _split_mnist(
+    name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int
+) -> Stream:
     base, mean, std = _mnist(name, data_dir, download)
     return _split(name, n_tasks, scenario, base, mean, std, seed)
 
 
-def _split_cifar(name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int) -> Stream:
+def _split_cifar(
+    name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, download: bool, seed: int
+) -> Stream:
     base = load_cifar(10 if name == "split-cifar10" else 100, data_dir, download)
     mean, std = _CIFAR[name]
     return _split(name, n_tasks, scenario, base, mean, std, seed)

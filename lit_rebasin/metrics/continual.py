@@ -4,7 +4,6 @@
 Avalanche: forgetting is the accuracy right after a task was learned minus the accuracy at the end.
 """
 
-import torch
 from torch import Tensor
 
 

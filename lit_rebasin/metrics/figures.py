@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
@@ -45,8 +46,10 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
         curves = torch.tensor([[average_accuracy(after_task(m, t)) for t in range(len(m))] for m in seeds])
         tasks = range(1, curves.shape[1] + 1)
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        axes.plot(tasks, curves.mean(0), color=color, marker=marker, markersize=4, label=method)
-        axes.fill_between(tasks, curves.min(0).values, curves.max(0).values, color=color, alpha=0.18, linewidth=0)
+        axes.plot(tasks, curves.mean(0).numpy(), color=color, marker=marker, markersize=4, label=method)
+        axes.fill_between(
+            tasks, curves.min(0).values.numpy(), curves.max(0).values.numpy(), color=color, alpha=0.18, linewidth=0
+        )
     axes.set(xlabel="tasks learned", ylabel="average accuracy on them")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -56,9 +59,9 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
     return figure
 
 
-def _heat_map(axes: Axes, matrix: Tensor) -> object:
+def _heat_map(axes: Axes, matrix: Tensor) -> AxesImage:
     n = len(matrix)
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     axes.set_xlabel("task evaluated")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=10))

@@ -16,8 +16,8 @@ def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float, tas
     """
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(alphas, before, color="#D55E00", marker="o", markersize=3, label="as trained")
-    axes.plot(alphas, after, color="#0072B2", marker="s", markersize=3, linestyle="--", label="aligned")
+    axes.plot(alphas.numpy(), before.numpy(), color="#D55E00", marker="o", markersize=3, label="as trained")
+    axes.plot(alphas.numpy(), after.numpy(), color="#0072B2", marker="s", markersize=3, linestyle="--", label="aligned")
     axes.axvline(alpha, color="0.5", linewidth=1)
     axes.annotate(
         f"merged at {alpha:.2f}",

@@ -79,4 +79,3 @@ def make_trainer(tmp_path, *callbacks, max_epochs=2, **options):
         log_every_n_steps=1,
         **options,
     )
-

@@ -118,7 +118,7 @@ def test_task_scenario_has_a_head_a_task(tmp_path):
     assert (data.n_heads, data.n_classes, data.n_tasks, data.input_shape) == (2, 3, 2, (1, 8, 8))
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -128,7 +128,7 @@ class Crash(pl.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == self.epoch:
-            raise Stop
+            raise StopError
 
 
 @pytest.mark.parametrize(("crash", "fresh"), [(2, [True, False, True, False]), (3, [False, True, False])])
@@ -136,7 +136,7 @@ def test_resume_finds_the_task_and_its_optimizer(tmp_path, crash, fresh):
     """After epoch 1 (a boundary) the optimizer is new; after epoch 2 (inside task 1) it is the restored one."""
     saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
     options = {"enable_checkpointing": True, "callbacks": [saver, Crash(crash)]}
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         trainer(6, **options).fit(Learner(), datamodule=digits())
     module, data = Learner(), digits()
     trainer(6).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
@@ -150,14 +150,16 @@ def test_resume_finds_the_task_and_its_optimizer(tmp_path, crash, fresh):
 
 def test_resume_with_rare_reloads_is_refused(tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         trainer(6, 2, enable_checkpointing=True, callbacks=[saver, Crash(2)]).fit(Learner(), datamodule=digits())
     with pytest.raises(MisconfigurationException, match="reload_dataloaders_every_n_epochs=1"):
         trainer(6, 2).fit(Learner(), datamodule=digits(), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_fast_dev_run():
-    pl.Trainer(fast_dev_run=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False).fit(Learner(), datamodule=digits())
+    pl.Trainer(fast_dev_run=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False).fit(
+        Learner(), datamodule=digits()
+    )
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,11 @@ def test_cifar_is_read_whole(monkeypatch, tmp_path):
         (("rotated-minst",), ValueError, "one of rotated-digits, rotated-mnist"),
         (("rotated-digits", 0), ValueError, "n_tasks must be at least 1"),
         (("rotated-digits", 5, "class"), ValueError, "scenario of rotated-digits must be one of domain"),
-        (("rotated-mnist", 5, None, "nowhere"), FileNotFoundError, r"MNIST was not found under nowhere.*nowhere/MNIST/raw.*download=True"),
+        (
+            ("rotated-mnist", 5, None, "nowhere"),
+            FileNotFoundError,
+            r"MNIST was not found under nowhere.*nowhere/MNIST/raw.*download=True",
+        ),
         (("arrays",), ValueError, "needs data_dir"),
         (("arrays", 2, None, "nowhere.npz"), FileNotFoundError, "no file nowhere.npz"),
     ],
@@ -182,5 +186,3 @@ def test_download_without_a_network_is_one_sentence(monkeypatch, tmp_path):
         make_stream("rotated-mnist", 2, None, str(tmp_path), True, 0)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
-
-

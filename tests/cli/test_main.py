@@ -1,0 +1,215 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_rebasin.cli import main
+from lit_rebasin.metrics import average_accuracy, forgetting
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "rotated_digits.yaml")
+SMALL = [
+    "--data.n_tasks",
+    "2",
+    "--data.epochs_per_task",
+    "1",
+    "--data.batch_size",
+    "200",
+    "--trainer.log_every_n_steps",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["--methods", "rebasin,finetune", "--seeds", "3,4", "--output_dir", str(folder)]
+    assert main(["benchmark", "--config", CONFIG, *SMALL, *words]) == 0
+    return folder
+
+
+def test_results_have_the_documented_form(output):
+    results = json.loads((output / "results.json").read_text())
+    assert set(results) == {"benchmark", "n_tasks", "protocol", "methods"}
+    assert results["benchmark"] == "rotated-digits"
+    assert results["n_tasks"] == 2
+    assert results["protocol"]["seeds"] == [3, 4]
+    assert results["protocol"]["data"]["replay_per_class"] == 1
+    assert {"torch", "lightning", "lit-rebasin"} <= set(results["protocol"]["versions"])
+    assert list(results["methods"]) == ["finetune", "rebasin"]
+    for found in results["methods"].values():
+        assert set(found) == {"accuracy", "forgetting", "backward_transfer", "seconds", "accuracy_matrix"}
+        for seed in range(2):
+            matrix = torch.tensor(found["accuracy_matrix"][seed])
+            assert matrix.shape == (2, 2)
+            assert found["accuracy"][seed] == pytest.approx(average_accuracy(matrix))
+            assert found["forgetting"][seed] == pytest.approx(forgetting(matrix))
+            assert found["backward_transfer"][seed] == -found["forgetting"][seed]
+            assert 0 <= found["accuracy"][seed] <= 1
+            assert found["seconds"][seed] > 0
+
+
+def test_table_and_pictures(output):
+    table = (output / "results.md").read_text()
+    assert "| rebasin |" in table
+    assert "seeds 3, 4" in table
+    for name in ("accuracy_matrix.png", "accuracy_over_tasks.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(output.rglob("*.tmp"))
+
+
+def test_a_run_says_what_it_ran(output):
+    folder = output / "rebasin" / "seed_4"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["method"] == "rebasin"
+    assert config["seed_everything"] == config["data"]["seed"] == config["merge"]["seed"] == 4
+    assert yaml.safe_load((folder / "versions.yaml").read_text())["torch"] == torch.__version__.split("+")[0]
+    assert yaml.safe_load((output / "finetune" / "seed_3" / "config.yaml").read_text())["data"]["replay_per_class"] == 0
+
+
+def test_every_documented_tag_is_in_the_event_files(output):
+    rows = re.findall(
+        r"^\| `([^`]+)`.*?\| [\w-]+ \| (.*)\|$", (ROOT / "docs" / "tensorboard.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 20
+    events = EventAccumulator(str(output / "rebasin" / "seed_3" / "tensorboard" / "version_0")).Reload()
+    scalars, images = events.Tags()["scalars"], events.Tags()["images"]
+    for tag, what in rows:
+        assert tag in (images if what.startswith("image:") else scalars), tag
+    matrix = json.loads((output / "results.json").read_text())["methods"]["rebasin"]["accuracy_matrix"][0]
+    last = events.Scalars("accuracy/task_00")[-1]
+    assert last.step == 1
+    assert last.value == pytest.approx(matrix[1][0])
+    assert len(events.Scalars("accuracy/task_01")) == 1
+    start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert all(name in start for name in (b"rebasin_merge/alpha", b"method", b"n_classes"))
+
+
+def test_same_seed_same_result(output, tmp_path):
+    assert (
+        main(
+            [
+                "benchmark",
+                "--config",
+                CONFIG,
+                *SMALL,
+                "--methods",
+                "rebasin",
+                "--seeds",
+                "3",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    again = json.loads((tmp_path / "results.json").read_text())["methods"]["rebasin"]
+    first = json.loads((output / "results.json").read_text())["methods"]["rebasin"]
+    assert again["accuracy_matrix"][0] == first["accuracy_matrix"][0]
+
+
+def test_fit_trains_one_method_and_saves_the_merged_model(tmp_path, capsys):
+    words = [
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.enable_model_summary",
+        "false",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main(["fit", "--config", CONFIG, *SMALL, *words, "--merge.alpha", "0.5"]) == 0
+    assert "average accuracy" in capsys.readouterr().out
+    folder = tmp_path / "fit" / "rebasin" / "seed_0"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["RebasinMerge"]
+    assert state["n_tasks"] == 2
+    assert state["history"][0]["alpha"] == 0.5
+    assert all(torch.equal(checkpoint["state_dict"][name], tensor) for name, tensor in state["previous"].items())
+
+
+def test_task_incremental_stream_gets_a_head_a_task(tmp_path, fake_mnist):
+    backbone = {"class_path": "torch.nn.Flatten"}
+    config = {
+        "data": {
+            "benchmark": "split-mnist",
+            "n_tasks": 2,
+            "scenario": "task",
+            "epochs_per_task": 1,
+            "replay_per_class": 1,
+        },
+        "model": {"backbone": {"class_path": "lit_rebasin.ContinualClassifier"}, "n_features": 784},
+        "trainer": {"accelerator": "cpu"},
+    }
+    config["model"]["backbone"] = backbone
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    words = ["--methods", "average", "--seeds", "0", "--data_dir", fake_mnist, "--output_dir", str(tmp_path / "out")]
+    assert main(["benchmark", "--config", str(tmp_path / "c.yaml"), *words]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["n_tasks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--methods", "rebasin,magic"], "no method 'magic'; choose from finetune, replay, average, rebasin"),
+        (["--methods", ""], "no method"),
+        (["--seeds", "a,b"], "seeds must be whole numbers"),
+        (["--seeds", "1,1"], "seeds must be different"),
+        (["--seeds", "-1"], "seeds must be different whole numbers from 0"),
+        (["--merge.alpha", "1.5"], r"alpha is the weight of the previous model and must lie in \[0, 1\], got 1.5"),
+        (["--data.replay_per_class", "0"], "replays examples, but data.replay_per_class is 0"),
+        (["--data.benchmark", "rotated-minst"], "benchmark must be one of rotated-digits"),
+        (["--data.benchmark", "rotated-mnist", "--data_dir", "nowhere"], "MNIST was not found under nowhere"),
+        (["--trainer.max_epochs", "3", "--data.epochs_per_task", "2"], "max_epochs=3.* does not fit epochs_per_task=2"),
+        (["--data.n_taks", "3"], "n_taks"),
+        (["--output_dir", "/proc/nowhere"], "output_dir /proc/nowhere cannot be written to"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, words, match):
+    output = [] if "--output_dir" in words else ["--output_dir", str(tmp_path / "out")]
+    only = [] if "--methods" in words else ["--methods", "rebasin"]
+    assert main(["benchmark", "--config", CONFIG, *SMALL, *only, *output, *words]) in (1, 2)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert re.search(match, error[-1])
+    assert error[-1].startswith("lit-rebasin: error: ")
+    assert "Traceback" not in "".join(error)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_missing_and_unreadable_config(tmp_path, capsys):
+    assert main(["benchmark", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("colour: blue\n")
+    assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "colour" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    assert "benchmark" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert main(["fly"]) == 2
+    assert "no command 'fly'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import lit_rebasin",
+        "from lit_rebasin import weight_matching, SinkhornRebasin, LinearPath",
+        "import lit_rebasin.cli",
+    ],
+)
+def test_light_imports(statement):
+    check = (
+        f"import sys; {statement}; print([m for m in ('lightning', 'avalanche', 'torchmetrics') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
