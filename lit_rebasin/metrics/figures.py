@@ -24,7 +24,7 @@ def accuracy_matrix_figure(matrix: Tensor) -> Figure:
 def accuracy_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
     """Draw the accuracy matrices of several methods side by side, with one colour scale."""
     n = len(matrices)
-    figure = Figure(figsize=(3.6 * n + 0.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * n + 0.8, 4.3), layout="constrained")
     panels = figure.subplots(1, n, squeeze=False)[0]
     for axes, (method, matrix) in zip(panels, matrices.items(), strict=True):
         image = _heat_map(axes, matrix)

@@ -21,8 +21,8 @@ def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float, tas
     axes.axvline(alpha, color="0.5", linewidth=1)
     axes.annotate(
         f"merged at {alpha:.2f}",
-        (alpha, 1),
-        (3, -10),
+        (alpha, 0),
+        (3, 4),
         ("data", "axes fraction"),
         "offset points",
         fontsize=8,

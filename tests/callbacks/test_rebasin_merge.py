@@ -361,7 +361,14 @@ def walk(tmp_path, *callbacks, module=None, ckpt_path=None):
     data = ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=2, batch_size=200, replay_per_class=2)
     saver = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
     trainer = make_trainer(
-        tmp_path, merge, monitor, saver, *callbacks, max_epochs=6, enable_checkpointing=True, reload_dataloaders_every_n_epochs=1
+        tmp_path,
+        merge,
+        monitor,
+        saver,
+        *callbacks,
+        max_epochs=6,
+        enable_checkpointing=True,
+        reload_dataloaders_every_n_epochs=1,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, merge, monitor
