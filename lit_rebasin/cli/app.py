@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -78,6 +79,7 @@ class ContinualCLI(LightningCLI):
         )
         parser.add_argument("--output_dir", default="runs", help="Where results, logs and checkpoints go.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint from which `fit` goes on.")
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; a small network is fastest with 1.")
         parser.add_class_arguments(RebasinMerge, "merge")
         parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
         parser.link_arguments("data.n_heads", "model.n_heads", apply_on="instantiate")
@@ -197,6 +199,7 @@ def run_fit(arguments: Sequence[str]) -> None:
     cli = ContinualCLI("fit", arguments)
     method, seed = cli.config.method, int(cli.config.seed_everything)
     check_methods([method])
+    set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir) / "fit" / method / f"seed_{seed}"
     saver = ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)
     run = build_run(cli, method, seed, folder, [saver])
@@ -212,6 +215,15 @@ def run_benchmark(arguments: Sequence[str]) -> None:
 
     hush()
     benchmark(ContinualCLI("benchmark", arguments))
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads, if it is given."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
 
 
 def check_methods(names: Sequence[str]) -> None:

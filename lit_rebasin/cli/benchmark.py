@@ -21,6 +21,7 @@ from lit_rebasin.cli.app import (
     log_outcome,
     package_versions,
     prepare_folder,
+    set_threads,
 )
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.report import results_table, write_report
@@ -34,6 +35,7 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
         What ``results.json`` holds.
     """
     methods, seeds = _methods(cli.config.methods), _seeds(cli.config.seeds)
+    set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir)
     console = Console(stderr=True)
     matrices: dict[str, list[Tensor]] = {name: [] for name in methods}

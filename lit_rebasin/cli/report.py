@@ -22,7 +22,7 @@ from lit_rebasin.metrics import (
 )
 
 COLUMNS = {
-    "accuracy": "average accuracy %",
+    "accuracy": "avg accuracy %",
     "forgetting": "forgetting %",
     "backward_transfer": "backward transfer %",
     "seconds": "seconds",
