@@ -12,6 +12,7 @@ from statistics import mean, stdev
 
 import lightning.pytorch as pl
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 
@@ -26,7 +27,7 @@ MERGES = {
     "Sinkhorn, incremental cost": {"method": "sinkhorn", "residual_learning_rate": 0.0},
     "Sinkhorn, incremental cost and residual": {"method": "sinkhorn"},
 }
-N_TASKS, EPOCHS, ALPHA = 20, 10, 0.6
+N_TASKS, EPOCHS, ALPHA = 20, 10, 0.5
 
 
 class FreshStart(pl.Callback):
@@ -44,7 +45,7 @@ class FreshStart(pl.Callback):
 def run(options, fresh, seed):
     pl.seed_everything(seed, verbose=False)
     data = ContinualDataModule(
-        "rotated-digits", n_tasks=N_TASKS, epochs_per_task=EPOCHS, batch_size=32, replay_per_class=1, seed=seed
+        "rotated-digits", n_tasks=N_TASKS, epochs_per_task=EPOCHS, batch_size=64, replay_per_class=1, seed=seed
     )
     model = ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
     monitor = ContinualMonitor()
@@ -75,7 +76,7 @@ def main():
         "|---|---|---:|---:|---:|",
     ]
     cases = [(fresh, name) for fresh in (False, True) for name in MERGES]
-    for fresh, name in track(cases, "aligning", console=None):
+    for fresh, name in track(cases, "aligning", console=Console(stderr=True)):
         found = list(zip(*[run(MERGES[name], fresh, seed) for seed in SEEDS], strict=True))
         cells = [f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}" for values in found[:2]]
         lines.append(
