@@ -79,7 +79,9 @@ class ContinualCLI(LightningCLI):
         )
         parser.add_argument("--output_dir", default="runs", help="Where results, logs and checkpoints go.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint from which `fit` goes on.")
-        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; a small network is fastest with 1.")
+        parser.add_argument(
+            "--threads", type=int | None, default=None, help="CPU threads; a small network is fastest with 1."
+        )
         parser.add_class_arguments(RebasinMerge, "merge")
         parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
         parser.link_arguments("data.n_heads", "model.n_heads", apply_on="instantiate")
