@@ -16,8 +16,56 @@ benchmark  runs several methods over several seeds; prints a table, writes resul
 methods: finetune, replay, average (replay and merging without alignment), rebasin (replay, alignment and merging)
 
 Any key of the YAML file can be overridden, as in --data.n_tasks 10 or --merge.alpha 0.7.
-lit-rebasin fit --help and lit-rebasin benchmark --help list them all.
+lit-rebasin fit --help and lit-rebasin benchmark --help explain the keys of most use, --help_all lists every one.
 """
+
+KEYS = """
+ --config FILE               the YAML file; both commands read the same one
+ --print_config              print the configuration in full, defaults too, and stop
+ --help_all                  list every key with its type and default
+
+ --output_dir DIR            where results, logs and checkpoints go (runs)
+ --data_dir DIR              folder of the data sets (data), or the .npz of the benchmark arrays
+ --threads N                 CPU threads; a small network is fastest with 1
+
+ --data.benchmark NAME       rotated-digits, rotated-mnist, permuted-mnist, split-mnist, rotated-fashion-mnist, split-cifar10,
+                             split-cifar100 or arrays (rotated-digits)
+ --data.scenario NAME        domain, class or task; the benchmark's own by default
+ --data.n_tasks N            number of tasks; the benchmark's own by default
+ --data.epochs_per_task N    epochs spent on each task (5)
+ --data.batch_size N         new examples in a batch (64)
+ --data.replay_per_class K   examples kept of each class of each task (0)
+ --data.validation_fraction F  validate on this share of the training data, held back, not on the test data (0)
+ --data.download true        fetch a data set that is missing
+
+ --model.backbone PATH       import path of the network; its arguments as --model.backbone.NAME VALUE
+ --model.n_features N        width of the backbone's output, if it ends in features and not in logits
+ --model.optimizer PATH      import path of the optimizer (torch.optim.AdamW); its arguments as --model.optimizer.NAME VALUE
+
+ --merge.alpha A             weight of the previous model in [0, 1], or line-search (0.8)
+ --merge.method NAME         weights, sinkhorn or identity (weights)
+ --merge.cost NAME           what sinkhorn minimises: incremental, midpoint, random-point or l2 (incremental)
+
+ --trainer.KEY VALUE         any argument of Lightning's Trainer
+"""
+
+COMMAND_HELP = {
+    "fit": f"""usage: lit-rebasin fit --config FILE.yaml [--method NAME] [--KEY VALUE ...]
+
+Train one method over the stream, with TensorBoard logs and checkpoints. Defaults are in parentheses.
+
+ --method NAME               finetune, replay, average or rebasin (rebasin)
+ --seed_everything N         seed of everything drawn (0)
+ --ckpt_path FILE            checkpoint from which to go on
+{KEYS}""",
+    "benchmark": f"""usage: lit-rebasin benchmark --config FILE.yaml [--methods A,B] [--seeds 0,1,2] [--KEY VALUE ...]
+
+Run several methods over several seeds; print a table, write results.json, results.md and pictures. Defaults are in parentheses.
+
+ --methods A,B               any of finetune, replay, average, rebasin (finetune,replay,rebasin)
+ --seeds A,B                 one run a method and seed (0,1,2)
+{KEYS}""",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    if words[0] not in ("fit", "benchmark"):
-        return _fail(f"there is no command {words[0]!r}; use fit or benchmark", 2)
+    if words[0] not in COMMAND_HELP:
+        return _fail(f"there is no command {words[0]!r}; use {' or '.join(COMMAND_HELP)}", 2)
+    if {"-h", "--help"} & set(words):
+        print(COMMAND_HELP[words[0]])
+        return 0
+    words = ["--help" if word == "--help_all" else word for word in words]
     from lit_rebasin.cli.app import UsageError, run_benchmark, run_fit
 
     try:
