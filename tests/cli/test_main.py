@@ -214,3 +214,18 @@ def test_light_imports(statement):
     assert (
         subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize("command", ["fit", "benchmark"])
+def test_help_of_a_command_is_light_and_names_only_keys_that_exist(command, capsys):
+    check = (
+        f"import sys; from lit_rebasin.cli import main; main(['{command}', '--help']); print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+    assert shown.strip().endswith("False")
+    keys = set(re.findall(r"^ --([\w.]+)", shown, re.MULTILINE)) - {"help_all", "trainer.KEY"}
+    assert len(keys) > 15
+    assert main([command, "--help_all"]) == 0
+    everything = capsys.readouterr().out
+    for key in keys:
+        assert f"--{key}" in everything, key
