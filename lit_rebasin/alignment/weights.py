@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_rebasin.alignment.costs import check_same_architecture, l2_cost
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.symmetry import Group, PermutationSpec, identity, permute
+from lit_rebasin.symmetry import Group, PermutationSpec, identity, neurons, permute
 from lit_rebasin.transport import assignment
 
 
@@ -78,12 +78,7 @@ def similarity(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], gro
     gain = torch.zeros(group.size, group.size, dtype=torch.float64)
     for axis in group.axes:
         ours, theirs = (
-            weights[axis.tensor]
-            .detach()
-            .unflatten(axis.dim, (axis.before, group.size, axis.after))
-            .movedim(axis.dim + 1, 0)
-            .reshape(group.size, -1)
-            .to("cpu", torch.float64)
+            neurons(weights[axis.tensor].detach(), axis, group.size).reshape(group.size, -1).to("cpu", torch.float64)
             for weights in (model, reference)
         )
         gain += theirs @ ours.T

@@ -2,7 +2,8 @@
 
 from lit_rebasin.symmetry.calls import spec_of_calls
 from lit_rebasin.symmetry.invariance import check_invariance
-from lit_rebasin.symmetry.permute import identity, invert, permute
+from lit_rebasin.symmetry.permute import identity, invert, neurons, permute
+from lit_rebasin.symmetry.registry import rule
 from lit_rebasin.symmetry.spec import Axis, Group, PermutationSpec
 from lit_rebasin.symmetry.tracing import permutation_spec
 
@@ -13,7 +14,9 @@ __all__ = [
     "check_invariance",
     "identity",
     "invert",
+    "neurons",
     "permutation_spec",
     "permute",
+    "rule",
     "spec_of_calls",
 ]

@@ -32,13 +32,42 @@ def permute(
     unknown = sorted(set(permutations) - set(spec.groups))
     if unknown:
         raise ValueError(f"permutations names unknown groups {unknown}; the spec has {sorted(spec.groups)}.")
-    moved = dict(tensors)
+    indices: dict[tuple[str, int], Tensor] = {}
+    plans: list[tuple[Axis, Tensor]] = []
     for name, permutation in permutations.items():
         group = spec.groups[name]
         _check_entry(name, permutation, group.size)
         for axis in group.axes:
-            moved[axis.tensor] = _move(moved[axis.tensor], axis, group.size, permutation)
+            if permutation.ndim == 2:
+                plans.append((axis, permutation))
+            else:
+                key = axis.tensor, axis.dim
+                index = indices.setdefault(key, torch.arange(tensors[axis.tensor].shape[axis.dim]))
+                indices[key] = index[_index(axis, permutation.cpu(), len(index))]
+    moved = dict(tensors)
+    for (tensor, dim), index in indices.items():
+        moved[tensor] = moved[tensor].index_select(dim, index.to(moved[tensor].device))
+    for axis, plan in plans:
+        moved[axis.tensor] = _mix(moved[axis.tensor], axis, plan)
     return moved
+
+
+def _index(axis: Axis, permutation: Tensor, length: int) -> Tensor:
+    """Return the permutation of the whole dimension that a permutation of the group is."""
+    entries = axis.entries(len(permutation))
+    index = torch.arange(length)
+    index[entries.flatten()] = entries[:, permutation].flatten()
+    return index
+
+
+def neurons(tensor: Tensor, axis: Axis, size: int) -> Tensor:
+    """Return what each neuron of a group has along an axis, ``(size, ...)``."""
+    index = axis.entries(size).flatten().to(tensor.device)
+    return (
+        tensor.index_select(axis.dim, index)
+        .unflatten(axis.dim, (axis.before, size, axis.after))
+        .movedim(axis.dim + 1, 0)
+    )
 
 
 def invert(permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,15 +93,11 @@ def _check_entry(name: str, permutation: Tensor, size: int) -> None:
         )
 
 
-def _move(tensor: Tensor, axis: Axis, size: int, permutation: Tensor) -> Tensor:
-    """Permute one axis of one tensor."""
-    split = tensor.unflatten(axis.dim, (axis.before, size, axis.after))
-    dim = axis.dim + 1
-    if permutation.ndim == 1:
-        moved = split.index_select(dim, permutation.to(tensor.device))
-    elif not tensor.is_floating_point():
+def _mix(tensor: Tensor, axis: Axis, plan: Tensor) -> Tensor:
+    """Apply a plan along one axis of one tensor."""
+    if not tensor.is_floating_point():
         raise ValueError(f"A plan cannot mix {axis.tensor!r}, a tensor of {tensor.dtype}; give a permutation instead.")
-    else:
-        plan = permutation.to(tensor.device, tensor.dtype)
-        moved = torch.tensordot(plan, split, dims=([1], [dim])).movedim(0, dim)
-    return moved.reshape(tensor.shape)
+    plan = plan.to(tensor.device, tensor.dtype)
+    ours = neurons(tensor, axis, len(plan))
+    mixed = (plan @ ours.reshape(len(plan), -1)).view_as(ours).movedim(0, axis.dim + 1).flatten(axis.dim, axis.dim + 2)
+    return tensor.index_copy(axis.dim, axis.entries(len(plan)).flatten().to(tensor.device), mixed)

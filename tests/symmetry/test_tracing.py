@@ -54,11 +54,34 @@ class Residual(nn.Module):
         return self.last(h * 2)
 
 
-def test_what_has_no_rule_is_fixed_and_named():
+def test_residual_stream_moves_as_one():
     spec = permutation_spec(Residual(), torch.randn(3, 4))
-    assert set(spec.groups) == {"inner"}
-    assert "aten::add" in spec.fixed["first.weight[0]"]
-    assert "aten::add" in spec.fixed["outer.weight[0]"]
+    assert axes(spec, "inner") == {"inner.weight[0]", "inner.bias[0]", "outer.weight[1]"}
+    stream = {
+        "first.weight[0]",
+        "first.bias[0]",
+        "inner.weight[1]",
+        "outer.weight[0]",
+        "outer.bias[0]",
+        "last.weight[1]",
+    }
+    assert axes(spec, "first") == stream
+
+
+class Sorting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.inner(self.first(x).relu()).sort(-1).values)
+
+
+def test_what_has_no_rule_is_fixed_and_named():
+    spec = permutation_spec(Sorting(), torch.randn(3, 4))
+    assert set(spec.groups) == {"first"}
+    assert "aten::sort has no rule" in spec.fixed["inner.weight[0]"]
+    assert "aten::sort has no rule" in spec.fixed["last.weight[1]"]
 
 
 class Reused(nn.Module):
