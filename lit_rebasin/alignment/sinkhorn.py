@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.symmetry import PermutationSpec, identity, permute
+from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.transport import assignment, sinkhorn
 
 
@@ -41,7 +41,7 @@ class SinkhornRebasin(nn.Module):
             raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
         self.spec = spec
         self.temperature = 1.0
-        start = {**identity(spec), **(init or {})}
+        start = {**spec.identity(), **(init or {})}
         self.logits = nn.ParameterList()
         for name, group in spec.groups.items():
             # exp(scale) : (size - 1) splits a row so that the chosen entry holds `confidence` of it.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_rebasin.alignment.costs import check_same_architecture, l2_cost
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.symmetry import Group, PermutationSpec, identity, neurons, permute
+from lit_rebasin.symmetry import Group, PermutationSpec, neurons, permute
 from lit_rebasin.transport import assignment
 
 
@@ -42,7 +42,7 @@ def weight_matching(
     check_same_architecture(model, reference)
     spec = restrict(spec, model)
     generator = torch.Generator().manual_seed(seed)
-    permutations = identity(spec)
+    permutations = spec.identity()
     history = [float(l2_cost(model, reference))]
     names = list(spec.groups)
     converged = False

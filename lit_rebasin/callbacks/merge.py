@@ -21,7 +21,7 @@ from lit_rebasin.alignment import (
 )
 from lit_rebasin.callbacks.step_loss import StepLoss, draw_batches
 from lit_rebasin.merging import LinearPath, PathLosses, line_search
-from lit_rebasin.symmetry import PermutationSpec, identity, permute
+from lit_rebasin.symmetry import PermutationSpec, permute
 
 Weights = Mapping[str, Tensor]
 METHODS = ("weights", "sinkhorn", "identity")
@@ -144,7 +144,7 @@ def _align(
     ours, theirs = ({name: weights[name] for name in sorted(shared)} for weights in (trained, previous))
     if settings.method == "identity":
         distance = float(l2_cost(ours, theirs))
-        return Alignment(identity(spec), distance, [distance], "identity", True, 0.0)
+        return Alignment(spec.identity(), distance, [distance], "identity", True, 0.0)
     matched = weight_matching(ours, theirs, spec, seed=settings.seed + task)
     if settings.method == "weights":
         return matched

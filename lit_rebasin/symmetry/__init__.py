@@ -2,7 +2,7 @@
 
 from lit_rebasin.symmetry.calls import spec_of_calls
 from lit_rebasin.symmetry.invariance import check_invariance
-from lit_rebasin.symmetry.permute import identity, invert, neurons, permute
+from lit_rebasin.symmetry.permute import compose, invert, neurons, permute
 from lit_rebasin.symmetry.registry import rule
 from lit_rebasin.symmetry.spec import Axis, Group, PermutationSpec
 from lit_rebasin.symmetry.tracing import permutation_spec
@@ -12,7 +12,7 @@ __all__ = [
     "Group",
     "PermutationSpec",
     "check_invariance",
-    "identity",
+    "compose",
     "invert",
     "neurons",
     "permutation_spec",

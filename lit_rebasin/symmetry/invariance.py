@@ -1,14 +1,20 @@
 """Show by trial that a spec leaves what a network computes unchanged."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lit_rebasin.symmetry.permute import permute
 from lit_rebasin.symmetry.spec import PermutationSpec
+
+# Rounding may exceed the tolerance in float32 in an ill-conditioned network; in float64 only a wrong spec exceeds this.
+_FLOAT64_TOLERANCE = 1e-6
 
 
 def check_invariance(
@@ -16,13 +22,14 @@ def check_invariance(
     spec: PermutationSpec,
     *example_inputs: Any,
     seed: int = 0,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-4,
     **example_kwargs: Any,
 ) -> float:
-    """Permute every group at random and compare the outputs in evaluation mode.
+    """Permute every group at random and compare what the network gives.
 
-    The weights are perturbed first: the zero biases and unit statistics of a fresh network would hide a wrong spec. The model is left as
-    it was.
+    Outputs are compared in evaluation mode, and the running statistics that BatchNorm layers update with those layers in training mode. The
+    weights are perturbed first: zero biases and unit statistics of a fresh network would hide a wrong spec. Half precision is computed in
+    float32; a difference above the tolerance is computed again in float64, to tell rounding from a wrong spec. The model is left as it was.
 
     Args:
         model: The network.
@@ -36,41 +43,124 @@ def check_invariance(
         The largest relative difference of an output.
 
     Raises:
-        RuntimeError: If it is above the tolerance; the sentence names the groups, with their axes, that change the function by themselves.
+        ValueError: If the model is on the meta device, or gives other outputs when it runs twice.
+        RuntimeError: If the difference is above the tolerance; the sentence names the groups, with their axes, that change the function by
+            themselves.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tensors = _perturb({**dict(model.named_parameters()), **dict(model.named_buffers())}, generator)
-    # Tied weights go by several names in a spec, but only by their first in a functional call.
-    aliases = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first = {id(tensor): name for name, tensor in reversed(aliases)}
-    every = {name: tensors[first[id(tensor)]] for name, tensor in aliases}
-    permutations = {name: torch.randperm(group.size, generator=generator) for name, group in spec.groups.items()}
-
-    def outputs(chosen: dict[str, Tensor]) -> list[Tensor]:
-        moved = permute(every, spec, chosen)
-        result = functional_call(model, {name: moved[name] for name in tensors}, example_inputs, example_kwargs)
-        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            expected = outputs({})
-            difference = _difference(outputs(permutations), expected)
-            if not difference <= tolerance:
-                wrong = [n for n, p in permutations.items() if not _difference(outputs({n: p}), expected) <= tolerance]
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if not difference <= tolerance:
-        axes = "; ".join(f"{name}: {', '.join(map(str, spec.groups[name].axes))}" for name in wrong)
-        raise RuntimeError(
-            f"Permuting changes the output by {difference:.1e} (relative). Groups at fault: {axes or 'only together'}."
-        )
+    trial = _Trial(model, spec, (example_inputs, example_kwargs), seed)
+    with _modes_kept(model), torch.no_grad(), torch.random.fork_rng():
+        model.eval()
+        expected = trial.repeatable_outputs()
+        difference = _difference(trial.run(spec.groups)[0], expected)
+        if not difference <= tolerance and not trial.holds_in_float64():
+            raise RuntimeError(
+                f"Permuting changes the output by {difference:.1e} (relative). {trial.culprits(expected, tolerance)} "
+                "If the spec was found by permutation_spec, a rule is at fault: please report the network."
+            )
+        trial.check_statistics(tolerance)
     return difference
 
 
-def _perturb(tensors: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+class _Trial:
+    """One set of perturbed weights and of random permutations, run in several ways."""
+
+    def __init__(self, model: nn.Module, spec: PermutationSpec, inputs: Any, seed: int) -> None:
+        self.model, self.spec = model, spec
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise ValueError(
+                f"{type(model).__name__} is on the meta device, where weights have no values to compare: "
+                "give it some with model.to_empty(device='cpu'), or pass check=False to permutation_spec."
+            )
+        self.inputs = pytree.tree_map(_single, inputs)
+        self.tensors = {name: _single(tensor) for name, tensor in _perturb(tensors, generator).items()}
+        # Tied weights go by several names in a spec, but only by their first in a functional call.
+        every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        first = {id(tensor): name for name, tensor in reversed(every)}
+        self.names = {name: first[id(tensor)] for name, tensor in every}
+        self.permutations = spec.random(generator=generator)
+
+    def run(self, groups: Any = (), *, double: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the outputs with some groups permuted, and the buffers afterwards."""
+        chosen = {name: self.permutations[name] for name in groups}
+        moved = permute({name: self.tensors[first] for name, first in self.names.items()}, self.spec, chosen)
+        weights, inputs = {**moved, **{name: moved[name].clone() for name in self.buffers}}, self.inputs
+        if double:
+            weights, inputs = pytree.tree_map(_double, (weights, inputs))
+        weights = {name: weights[name] for name in self.tensors}
+        args, kwargs = inputs
+        result = functional_call(self.model, weights, args, kwargs)
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], weights
+
+    @property
+    def buffers(self) -> list[str]:
+        return [name for name, _ in self.model.named_buffers()]
+
+    def repeatable_outputs(self) -> list[Tensor]:
+        outputs = self.run()[0]
+        noise = _difference(self.run()[0], outputs)
+        if noise > 0:
+            raise ValueError(
+                f"{type(self.model).__name__} gives outputs that differ by {noise:.1e} (relative) when it runs twice on the same input in "
+                "evaluation mode, so nothing can be compared: let it draw no random numbers there, or pass check=False to permutation_spec."
+            )
+        return outputs
+
+    def holds_in_float64(self) -> bool:
+        try:
+            outputs, expected = self.run(self.spec.groups, double=True)[0], self.run(double=True)[0]
+        except RuntimeError:  # a network that insists on its own precision
+            return False
+        return _difference(outputs, expected) <= _FLOAT64_TOLERANCE
+
+    def culprits(self, expected: list[Tensor], tolerance: float) -> str:
+        wrong = [name for name in self.spec.groups if not _difference(self.run([name])[0], expected) <= tolerance]
+        axes = "; ".join(f"{name}: {', '.join(map(str, self.spec.groups[name].axes))}" for name in wrong)
+        return f"Groups at fault: {axes or 'only several together'}."
+
+    def check_statistics(self, tolerance: float) -> None:
+        """Compare the running statistics after one pass in which only the BatchNorm layers are in training mode."""
+        layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        if not layers:
+            return
+        for layer in layers:
+            layer.train()
+        try:
+            _, still = self.run(double=True)
+            _, after = self.run(self.spec.groups, double=True)
+        except (ValueError, RuntimeError):  # such as a single value a channel, from which there are no statistics
+            return
+        every = {name: still[first] for name, first in self.names.items()}
+        expected = permute(every, self.spec, self.permutations)
+        for name in self.buffers:
+            difference = _difference([after[name]], [expected[name]])
+            if not difference <= tolerance:
+                raise RuntimeError(
+                    f"Permuting changes what BatchNorm updates in training mode: {name} differs by {difference:.1e} (relative)."
+                )
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _single(leaf: Any) -> Any:
+    half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+    return leaf.float() if half else leaf
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Return the tensors with noise of a tenth of their scale; non-negative ones, such as variances, stay non-negative."""
     noisy = {}
     for name, tensor in tensors.items():

@@ -1,33 +1,60 @@
 """Apply permutations or soft plans to the weights of a network."""
 
+import copy
 from collections.abc import Mapping
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_rebasin.symmetry.spec import Axis, PermutationSpec
+from lit_rebasin.symmetry.spec import Axis, PermutationSpec, tensors_of
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
+@overload
+def permute(source: Module, spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> Module: ...
+@overload
 def permute(
-    tensors: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of the permuted network; the given ones are not written to.
+    source: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]
+) -> dict[str, Tensor]: ...
+def permute(source: Any, spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> Any:
+    """Return the permuted network; the given one is not written to.
 
     ``w_new = w.index_select(dim, p)`` along every axis of a group for a permutation ``p``, or ``w_new = P @ w`` along it for a plan ``P``
-    (Pena et al., CVPR 2023: ``W_l' = P_l W_l P_{l-1}^T``). Differentiable in the tensors and the plans.
+    (Pena et al., CVPR 2023: ``W_l' = P_l W_l P_{l-1}^T``). Of a mapping, differentiable in the tensors and the plans.
 
     Args:
-        tensors: Weights by name, such as a state dict.
+        source: A module, or its weights by name, such as a state dict.
         spec: The symmetries of the network.
         permutations: By group name, a LongTensor ``(size,)`` or a floating-point plan ``(size, size)``. Groups left out stay as they are.
 
     Returns:
-        A new dict with the names of ``tensors``; tensors that no group moves are passed on as they are.
+        A new module, or a new dict with the names of ``source`` in which tensors that no group moves are passed on as they are.
 
     Raises:
         ValueError: If a group is unknown, an entry is neither a permutation nor a plan of the group's size, a tensor that must move is
             missing or of another shape, or a plan meets a tensor of integers.
     """
+    if isinstance(source, nn.Module):
+        with torch.no_grad():
+            return _copy_with(source, _permuted(tensors_of(source), spec, permutations))
+    return _permuted(dict(source), spec, permutations)
+
+
+def _copy_with(model: Module, moved: dict[str, Tensor]) -> Module:
+    """Return a copy of a module with other weights; tied ones stay tied."""
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors_of(model).items():
+        value = moved[name] if moved[name] is not tensor else tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+    return copy.deepcopy(model, memo)
+
+
+def _permuted(
+    tensors: dict[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     spec.validate(tensors)
     unknown = sorted(set(permutations) - set(spec.groups))
     if unknown:
@@ -75,9 +102,19 @@ def invert(permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: permutation.argsort() for name, permutation in permutations.items()}
 
 
-def identity(spec: PermutationSpec) -> dict[str, Tensor]:
-    """Return the permutation of every group that leaves the network as it is."""
-    return {name: torch.arange(group.size) for name, group in spec.groups.items()}
+def compose(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the permutations that do what ``first`` and then ``second`` do; a group in one of them only is taken from that one.
+
+    Raises:
+        ValueError: If the two permute a group of different sizes.
+    """
+    for name in set(first) & set(second):
+        if len(first[name]) != len(second[name]):
+            raise ValueError(
+                f"Group {name!r} has {len(first[name])} neurons in first, and {len(second[name])} in second."
+            )
+    both = {name: first[name][second[name]] for name in first if name in second}
+    return {**first, **second, **both}
 
 
 def _check_entry(name: str, permutation: Tensor, size: int) -> None:

@@ -1,8 +1,10 @@
 """What may be permuted in a network, as plain data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import prod
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,75 @@ class PermutationSpec:
                         f"({entries} entries: before {axis.before} * size {group.size} * after {axis.after}), but its shape is {shape}."
                     )
 
+    def identity(self) -> dict[str, Tensor]:
+        """Return the permutation of every group that leaves the network as it is."""
+        return {name: torch.arange(group.size) for name, group in self.groups.items()}
+
+    def random(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return a random permutation of every group, drawn from ``generator`` (torch's own by default)."""
+        return {name: torch.randperm(group.size, generator=generator) for name, group in self.groups.items()}
+
+    def to_json(self) -> str:
+        """Return the spec as text that `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the spec that `to_json` wrote.
+
+        Raises:
+            ValueError: If the text is not such a spec.
+        """
+        try:
+            data = json.loads(text)
+            groups = [
+                Group(g["name"], int(g["size"]), tuple(Axis(**axis) for axis in g["axes"]))
+                for g in data["groups"].values()
+            ]
+            return cls(
+                {group.name: group for group in groups}, {str(axis): str(why) for axis, why in data["fixed"].items()}
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"text is not a PermutationSpec as to_json writes it: {error!r}") from error
+
+    @classmethod
+    def from_axes(cls, axes: Mapping[str, Sequence[str | None]], tensors: nn.Module | Mapping[str, Tensor]) -> Self:
+        """Write a spec by hand, in the form of git-re-basin: for each tensor, the group along each of its dimensions.
+
+        Such as ``PermutationSpec.from_axes({"0.weight": ("hidden", None), "0.bias": ("hidden",), "2.weight": (None, "hidden")}, model)``.
+
+        Args:
+            axes: By tensor name, a group name for each dimension, or None where nothing moves. Tensors left out do not move.
+            tensors: The module, or its state dict, which gives the sizes.
+
+        Returns:
+            The spec; check it with `check_invariance`.
+
+        Raises:
+            ValueError: If a tensor is missing, has another number of dimensions, or a group would have two sizes.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(tensors).items()}
+        found: dict[str, list[Axis]] = {}
+        sizes: dict[str, int] = {}
+        for tensor, groups in axes.items():
+            shape = shapes.get(tensor)
+            if shape is None or isinstance(groups, str) or len(groups) != len(shape):
+                there = f"has shape {shape}" if shape is not None else f"is not among {sorted(shapes)}"
+                raise ValueError(
+                    f"axes[{tensor!r}] is {groups!r}, one group or None a dimension, but the tensor {there}."
+                )
+            for dim, group in enumerate(groups):
+                if group is not None and sizes.setdefault(group, shape[dim]) != shape[dim]:
+                    raise ValueError(
+                        f"Group {group!r} has size {sizes[group]}, but {tensor}[{dim}] is {shape[dim]} long."
+                    )
+                if group is not None:
+                    found.setdefault(group, []).append(Axis(tensor, dim))
+        every = {f"{tensor}[{dim}]" for tensor, shape in shapes.items() for dim in range(len(shape))}
+        held = every - {str(axis) for group in found.values() for axis in group}
+        named = {name: Group(name, sizes[name], tuple(moved)) for name, moved in found.items()}
+        return cls(named, dict.fromkeys(sorted(held), "held by hand"))
+
     def coverage(self, model: nn.Module) -> float:
         """Return the share of a module's parameter elements that lie on at least one movable axis."""
         moved: dict[str, dict[int, Tensor]] = {}
@@ -90,3 +161,14 @@ class PermutationSpec:
         held = {name: prod(1 - float(mask.double().mean()) for mask in dims.values()) for name, dims in moved.items()}
         total = sum(parameter.numel() for parameter in parameters.values())
         return 1 - sum(p.numel() * held.get(name, 1.0) for name, p in parameters.items()) / total if total else 0.0
+
+
+def tensors_of(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights and buffers by every name that they go by, or a mapping of them as a dict."""
+    if isinstance(source, nn.Module):
+        parameters, buffers = (
+            source.named_parameters(remove_duplicate=False),
+            source.named_buffers(remove_duplicate=False),
+        )
+        return {**dict(parameters), **dict(buffers)}
+    return dict(source)

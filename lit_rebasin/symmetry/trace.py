@@ -140,8 +140,12 @@ class Trace:
             self.node = node
             return result
         value = node.meta.get("val")
-        shapes = pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else None, value)
-        self.shape = shapes
+        self.shape = pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else None, value)
+        if any(isinstance(size, torch.SymInt) for size in pytree.tree_leaves(self.shape)):
+            raise ValueError(
+                f"{_name_of(node)} in {_module_of(node)} gives an output whose shape depends on data, which cannot be traced. "
+                "A spec can be written by hand with PermutationSpec.from_axes."
+            )
         result = self._apply(node, args, kwargs)
         if result is NotImplemented or not _fits(result, value):
             return self._fix_all((args, kwargs), value, f"{_name_of(node)} has no rule for this use")
@@ -212,6 +216,12 @@ def _fits(result: Any, value: Any) -> bool:
 
 def _name_of(node: Node) -> str:
     return getattr(getattr(node.target, "_schema", None), "name", str(node.target))
+
+
+def _module_of(node: Node) -> str:
+    """Return the path of the part of the network that called an operator."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return repr(paths[-1]) if paths and paths[-1] else "the network's own forward"
 
 
 def _attribute(graph: GraphModule, target: Any) -> Any:

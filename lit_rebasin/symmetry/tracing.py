@@ -1,17 +1,16 @@
 """Find the permutation symmetries of a module by following its exported graph."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from lit_rebasin.symmetry import rules  # noqa: F401  registers the rules
 from lit_rebasin.symmetry.algebra import Algebra
+from lit_rebasin.symmetry.export import export
 from lit_rebasin.symmetry.factors import Atom, Dims, reason_of
 from lit_rebasin.symmetry.invariance import check_invariance
 from lit_rebasin.symmetry.layout import axes_along
@@ -41,13 +40,13 @@ def permutation_spec(
         The spec. Axes that cannot move are in ``spec.fixed``, with the reason.
 
     Raises:
-        ValueError: If the module cannot be exported.
+        ValueError: If the module cannot be exported, has shapes that depend on data, or cannot be checked (`check_invariance`).
         RuntimeError: If the check fails, which is a fault of a rule; the sentence names the groups and their axes.
     """
-    programs = [_export(model, example_inputs, example_kwargs, training=False)]
+    programs = [export(model, example_inputs, example_kwargs, training=False)]
     if _unread(programs[0]):
         with suppress(ValueError):  # then what only training reads stays fixed
-            programs.append(_export(model, example_inputs, example_kwargs, training=True))
+            programs.append(export(model, example_inputs, example_kwargs, training=True))
     enumerated: set[tuple[str, int, str]] = set()
     for _ in range(_PASSES):
         algebra = Algebra(enumerated)
@@ -60,32 +59,6 @@ def permutation_spec(
     if check:
         check_invariance(model, spec, *example_inputs, **example_kwargs)
     return spec
-
-
-def _export(model: nn.Module, args: Any, kwargs: Any, *, training: bool) -> ExportedProgram:
-    with _mode(model, training=training):
-        try:
-            return torch.export.export(model, args, kwargs, strict=False)
-        except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__} cannot be exported with torch.export, so its permutation groups cannot be found: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every part in one mode for a while, without the fused kernels of attention, which hide its structure."""
-    modes = {module: module.training for module in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.train(training)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _unread(program: ExportedProgram) -> bool:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_rebasin import Axis, Group, PermutationSpec, permute
-from lit_rebasin.symmetry import identity, invert
+from lit_rebasin.symmetry import invert
 
 
 def spec_with(axis, size):
@@ -56,7 +56,7 @@ def test_inverse_restores_and_inputs_are_not_written_to():
     there = permute({"w": w}, spec, p)
     assert torch.equal(permute(there, spec, invert(p))["w"], kept)
     assert torch.equal(w, kept)
-    assert torch.equal(permute({"w": w}, spec, identity(spec))["w"], kept)
+    assert torch.equal(permute({"w": w}, spec, spec.identity())["w"], kept)
 
 
 @pytest.mark.parametrize(
