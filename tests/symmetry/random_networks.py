@@ -1,11 +1,11 @@
 """Networks of random structure, drawn by hypothesis."""
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import strategies as st
 from torch import nn
 
-BLOCKS = [
+BLOCKS = (
     "conv",
     "depthwise",
     "grouped",
@@ -30,7 +30,7 @@ BLOCKS = [
     "concatenate_norm",
     "pad",
     "scale",
-]
+)
 
 
 class Residual(nn.Module):
