@@ -95,7 +95,7 @@ def merge_task(
         task: Index of the task, for the seeds.
     """
     started = perf_counter()
-    batches = draw_batches(trainer, settings.batches)
+    batches = step.with_loss(draw_batches(trainer, settings.batches))
     own = {name for name, _ in step.module.named_parameters()} - shared
 
     def path_from(new: Weights) -> LinearPath:

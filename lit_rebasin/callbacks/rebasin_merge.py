@@ -14,9 +14,10 @@ from typing_extensions import override
 from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.callbacks.merge import MergeSettings, merge_task
 from lit_rebasin.callbacks.report import log_merge, log_settings
-from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, named_tensors
+from lit_rebasin.callbacks.step_spec import step_spec
 from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
-from lit_rebasin.symmetry import PermutationSpec, spec_of_calls
+from lit_rebasin.symmetry import PermutationSpec, join
 
 
 class RebasinMerge(Callback):
@@ -30,8 +31,9 @@ class RebasinMerge(Callback):
     * one ``trainer.fit`` a task, each with a fresh Trainer and any data, and this callback (the same object, or one that was given the state
       of a checkpoint) in all of them.
 
-    Of the LightningModule only ``training_step`` is asked, which returns the loss. Parameters that no task before has trained, such as the
-    head of a new task, are taken from the new model as they are. BatchNorm statistics are estimated anew on the merged weights.
+    Of the LightningModule only ``training_step`` is asked, which returns the loss; it is run some more times at the end of a task, with its
+    logs and metrics set aside. Parameters that no task before has trained, such as the head of a new task, and frozen ones are taken from the
+    new model as they are. BatchNorm statistics are estimated anew on the merged weights.
 
     Args:
         alpha: Weight of the previous model in [0, 1], or ``"line-search"`` for the lowest loss on training batches along the path.
@@ -43,7 +45,7 @@ class RebasinMerge(Callback):
         learning_rate: Of the soft permutations' logits.
         residual_learning_rate: Of the residual of the incremental cost; 0 leaves the residual out.
         batches: Training batches, of the task just learned and whatever replay its loader mixes in, that each merge uses.
-        seed: Seed of everything drawn in a merge; the random state of the training is not touched.
+        seed: Seed of everything drawn in a merge; the random states of Python, NumPy, torch and of the loaders are not touched.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -75,6 +77,7 @@ class RebasinMerge(Callback):
         self._initial: dict[str, Tensor] = {}
         self._steps_before = 0  # optimizer steps of earlier fits, so that their curves do not overlap
         self._pending = False  # whether anything was trained since the last merge
+        self._traced = False  # whether the spec takes account of the present task
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -102,27 +105,31 @@ class RebasinMerge(Callback):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Go on counting steps where the last fit ended, and note what is not trained yet."""
-        self.spec = None
-        self._pending = False
+        self._pending = self._traced = False
         loop = trainer.fit_loop.epoch_loop
         # A fresh Trainer counts from 0 again; one that resumes a checkpoint has its count already. The counter serves logging only.
         if loop._batches_that_stepped == 0:
             loop._batches_that_stepped = self._steps_before
         if self.previous is None:
+            self.spec = None
             self._initial = {name: tensor.cpu().clone() for name, tensor in named_tensors(pl_module).items()}
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Find the permutation groups on the first batch, so that a model without any fails at once."""
+        """Find the permutation groups on the first batch of a task, so that a model without any fails at once."""
         self._pending = True
-        if self.spec is not None:
+        if self._traced or self.settings.method == "identity":
             return
-        step = StepLoss(trainer, pl_module)
-        with step.quiet(), torch.no_grad():
-            self.spec = spec_of_calls(pl_module, lambda: step.at(named_tensors(pl_module), batch))
-        if not self.spec.groups and self.settings.method != "identity":
+        try:
+            found = step_spec(StepLoss(trainer, pl_module), batch)
+        except NoLossError:  # the training skips this batch too
+            return
+        # A task may run other parts than those before it, such as a head of its own; what moves must move in all of them.
+        self.spec = join([self.spec, found]) if self.spec is not None else found
+        self._traced = True
+        if not self.spec.groups:
             reasons = sorted(set(self.spec.fixed.values()))
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} has no permutable group, so there is nothing to align. Why its axes are fixed: "
@@ -141,7 +148,11 @@ class RebasinMerge(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Merge if the fit was stopped before its last batch could be foreseen, and save that model over the last checkpoint."""
-        if self._pending:
+        if self._pending and _epochs_per_task(trainer):
+            rank_zero_warn(
+                f"The fit ended in the middle of task {self.n_tasks}, which is not merged: resume it to go on."
+            )
+        elif self._pending:
             self._finish_task(trainer, pl_module)
             _rewrite_last_checkpoints(trainer)
         self._initial = {}
@@ -163,6 +174,7 @@ class RebasinMerge(Callback):
             "history": self.history,
             "trained": sorted(self._trained),
             "steps_before": self._steps_before,
+            "spec": self.spec.to_json() if self.spec is not None else None,
         }
 
     @override
@@ -173,39 +185,64 @@ class RebasinMerge(Callback):
         self.history = list(state_dict["history"])
         self._trained = set(state_dict["trained"])
         self._steps_before = state_dict["steps_before"]
+        self.spec = PermutationSpec.from_json(state_dict["spec"]) if state_dict["spec"] is not None else None
 
     def _finish_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._pending = False
-        # The loop counts this batch only later, but the checkpoint of this task is written in between.
-        self._steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-        task, self.n_tasks = self.n_tasks, self.n_tasks + 1
-        trained = named_tensors(pl_module)
-        broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
+        task = self.n_tasks
+        trained = {name: tensor.clone() for name, tensor in named_tensors(pl_module).items()}
+        if not self._traced and self.settings.method != "identity":
+            raise ValueError(
+                f"{type(pl_module).__name__}.training_step returned None on every batch of task {task}, but the merge needs its loss: "
+                "return a tensor, or a dict with the key 'loss'."
+            )
+        broken = self._not_finite(pl_module)
         if broken and self.previous is None:
             raise ValueError(
-                f"Training left NaN or infinity in {broken[0]!r}, and there is no previous model to go back to."
+                f"Training left NaN or infinity in {broken!r}, and there is no previous model to go back to."
             )
         if broken:
-            write_weights(pl_module, self.previous or {})
-            reason = f"training left NaN or infinity in {broken[0]!r}"
-            rank_zero_warn(f"The merge after task {task} is refused: {reason}. The previous model is kept.")
-            self.history.append({"task": task, "refused": reason})
+            self._refuse(pl_module, f"training left NaN or infinity in {broken!r}")
         elif self.previous is not None:
-            self._merge(trainer, pl_module, task, self.previous)
+            try:
+                self._merge(trainer, pl_module, task, trained, self.previous)
+            except Exception:
+                write_weights(pl_module, trained)
+                raise
+        # The loop counts this batch only later, but the checkpoint of this task is written in between.
+        self._steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        self._pending = self._traced = False
+        self.n_tasks = task + 1
         self._remember(pl_module)
 
+    def _not_finite(self, pl_module: "pl.LightningModule") -> str | None:
+        """Return a tensor that training has broken; one that was not finite before, such as a mask, is none."""
+        before = self.previous if self.previous is not None else self._initial
+        for name, tensor in named_tensors(pl_module).items():
+            if not tensor.isfinite().all() and (name not in before or before[name].isfinite().all()):
+                return name
+        return None
+
+    def _refuse(self, pl_module: "pl.LightningModule", reason: str) -> None:
+        """Go back to the previous model, and say so."""
+        write_weights(pl_module, self.previous or {})
+        rank_zero_warn(f"The merge after task {self.n_tasks} is refused: {reason}. The previous model is kept.")
+        self.history.append({"task": self.n_tasks, "refused": reason})
+
     def _merge(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", task: int, previous: Mapping[str, Tensor]
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        task: int,
+        trained: Mapping[str, Tensor],
+        previous: Mapping[str, Tensor],
     ) -> None:
-        assert self.spec is not None  # found on the first batch of this fit
         previous = {name: tensor.to(pl_module.device) for name, tensor in previous.items()}
-        trained = {name: tensor.clone() for name, tensor in named_tensors(pl_module).items()}
-        parameters = {name for name, _ in pl_module.named_parameters()}
-        fresh = {name for name in parameters - self._trained if not torch.equal(trained[name], previous[name])}
+        spec = self.spec if self.spec is not None else PermutationSpec()  # plain averaging needs none
         step = StepLoss(trainer, pl_module)
         with step.quiet():
             torch.manual_seed(self.settings.seed + task)
-            outcome = merge_task(step, trainer, trained, previous, self.spec, parameters - fresh, self.settings, task)
+            shared = self._shared(pl_module, trained, previous)
+            outcome = merge_task(step, trainer, trained, previous, spec, shared, self.settings, task)
             write_weights(pl_module, trainer.strategy.broadcast(outcome.weights))  # every rank drew batches of its own
             if has_batch_norm(pl_module):
                 reestimate_batch_norm(pl_module, step, outcome.batches)
@@ -216,6 +253,14 @@ class RebasinMerge(Callback):
             f"Task {task}: merged with alpha {numbers['alpha']:.2f}, {numbers['moved']} neurons moved, "
             f"loss on training batches {numbers['loss_before']:.4f} -> {numbers['loss_after']:.4f}."
         )
+
+    def _shared(
+        self, pl_module: "pl.LightningModule", trained: Mapping[str, Tensor], previous: Mapping[str, Tensor]
+    ) -> set[str]:
+        """Return the parameters that both models have trained."""
+        trainable = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        fresh = {name for name in trainable - self._trained if not torch.equal(trained[name], previous[name])}
+        return trainable - fresh
 
     def _remember(self, pl_module: "pl.LightningModule") -> None:
         """Keep the model as the reference of the next task."""
@@ -235,12 +280,17 @@ def write_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]) -> Non
 
 def _task_ends(trainer: "pl.Trainer") -> bool:
     """Return whether the batch just trained is the last of its task."""
+    epochs_per_task = _epochs_per_task(trainer)
+    if epochs_per_task:
+        return trainer.is_last_batch and (trainer.current_epoch + 1) % epochs_per_task == 0
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
-    epochs_per_task = getattr(getattr(trainer, "datamodule", None), "epochs_per_task", None)
-    done = trainer.current_epoch + 1
-    at_end = done % epochs_per_task == 0 if epochs_per_task else done == trainer.max_epochs
-    return trainer.is_last_batch and at_end
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+
+
+def _epochs_per_task(trainer: "pl.Trainer") -> int | None:
+    """Return the length of a task, if one fit walks a stream of them."""
+    return getattr(getattr(trainer, "datamodule", None), "epochs_per_task", None)
 
 
 def _rewrite_last_checkpoints(trainer: "pl.Trainer") -> None:
@@ -250,4 +300,4 @@ def _rewrite_last_checkpoints(trainer: "pl.Trainer") -> None:
         # Without a monitor the "best" is simply the latest.
         latest = [checkpoint.last_model_path, "" if checkpoint.monitor else checkpoint.best_model_path]
         for path in filter(None, latest):
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, checkpoint.save_weights_only)

@@ -1,16 +1,21 @@
 """The loss of a LightningModule's training step as a function of its weights."""
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 
@@ -20,8 +25,12 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in both}
 
 
+class NoLossError(ValueError):
+    """``training_step`` skipped a batch."""
+
+
 class StepLoss(nn.Module):
-    """Run ``training_step`` on any weights, without a trace in the module, its metrics or its logs.
+    """Run ``training_step`` on any weights, without a trace in the module's weights, its metrics or its logs.
 
     Use inside :meth:`quiet`. BatchNorm uses the statistics of the batch, as it will after its re-estimation on the merged weights; everything
     else, dropout among it, is in evaluation mode.
@@ -39,19 +48,48 @@ class StepLoss(nn.Module):
         self.module = module
         self.precision = trainer.precision_plugin
         self.takes_index = len(inspect.signature(module.training_step).parameters) > 1
-        self.logged: dict[str, float] = {}
+        self.logged: dict[str, float | Metric] = {}
 
     def forward(self, batch: Any) -> Tensor:
-        """Return the loss of the module's present weights on a batch."""
+        """Return the loss of the module's present weights on a batch.
+
+        Raises:
+            NoLossError: If ``training_step`` returns None, by which Lightning skips a batch.
+            ValueError: If it returns something that holds no loss.
+        """
         with self.precision.train_step_context():
             output = self.module.training_step(batch, 0) if self.takes_index else self.module.training_step(batch)
         loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is None:
+            raise NoLossError(f"{type(self.module).__name__}.training_step returned None.")
         if not isinstance(loss, Tensor):
             raise ValueError(
                 f"{type(self.module).__name__}.training_step returned {type(loss).__name__}, but the merge needs its loss: "
                 "return a tensor, or a dict with the key 'loss'."
             )
         return loss
+
+    def with_loss(self, batches: list[Any]) -> list[Any]:
+        """Return the batches that ``training_step`` does not skip.
+
+        Raises:
+            ValueError: If it skips all of them.
+        """
+        kept = []
+        for batch in batches:
+            with torch.no_grad(), contextlib.suppress(NoLossError):
+                self.loss(batch)
+                kept.append(batch)
+        if not kept:
+            raise ValueError(
+                f"{type(self.module).__name__}.training_step returned None for all {len(batches)} batches drawn for the merge, which needs "
+                "its loss: return a tensor for some of them, or raise RebasinMerge(batches=...)."
+            )
+        return kept
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of the module's present weights on a batch, and leave its buffers as they are."""
+        return self.at(named_tensors(self.module), batch)
 
     def at(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss of the given weights on a batch, differentiable in the weights."""
@@ -63,67 +101,124 @@ class StepLoss(nn.Module):
     def mean(self, weights: Mapping[str, Tensor], batches: list[Any]) -> tuple[Tensor, dict[str, float]]:
         """Return the mean loss over some batches without gradients, and the means of what ``training_step`` logs."""
         losses, logs = [], []
+        metrics = {id(m): m for m in self.module.modules() if isinstance(m, Metric)}
+        for metric in metrics.values():
+            metric.reset()
         with torch.no_grad():
             for batch in batches:
                 self.logged = {}
                 losses.append(self.at(weights, batch))
                 logs.append(self.logged)
-        means = {
-            name: sum(entry[name] for entry in logs) / len(logs) for name in logs[0] if all(name in e for e in logs)
-        }
+        means: dict[str, float] = {}
+        for name, last in logs[-1].items():
+            if isinstance(last, Metric):  # it has seen all batches
+                means |= _number(name, last.compute())
+            elif all(name in entry for entry in logs):
+                means[name] = statistics.fmean(float(entry[name]) for entry in logs)  # type: ignore[arg-type]
         return torch.stack(losses).mean(), means
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Set logging, metrics, training modes and the global random state aside, and put them back."""
         modes = {module: module.training for module in self.module.modules()}
-        metrics = [(parent, name, child) for parent in self.module.modules() for name, child in parent.named_children()]
-        metrics = [entry for entry in metrics if isinstance(entry[2], (Metric, MetricCollection))]
-        with torch.random.fork_rng():
+        with self._replaced(copy.deepcopy), isolate_rng():
             try:
-                for parent, name, metric in metrics:
-                    parent._modules[name] = copy.deepcopy(metric)
                 object.__setattr__(self.module, "log", self._keep)
                 object.__setattr__(self.module, "log_dict", self._keep_all)
                 self.module.eval()
-                for module in self.module.modules():
+                for module, training in modes.items():
                     if isinstance(module, _BatchNorm):
-                        module.train()
+                        module.train(training)  # one that the user holds in evaluation mode stays there
                 yield
             finally:
                 for name in ("log", "log_dict"):
                     self.module.__dict__.pop(name, None)
-                for parent, name, metric in metrics:
-                    parent._modules[name] = metric
                 for module, training in modes.items():
                     module.training = training
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within `quiet`, keep logs and metrics out of the step altogether: a trace has no values for them."""
+        before = self._keep
+        object.__setattr__(self.module, "log", lambda *args, **kwargs: None)
+        object.__setattr__(self.module, "log_dict", lambda *args, **kwargs: None)
+        try:
+            with self._replaced(lambda metric: _NoMetric()):
+                yield
+        finally:
+            object.__setattr__(self.module, "log", before)
+            object.__setattr__(self.module, "log_dict", self._keep_all)
+
+    @contextmanager
+    def _replaced(self, stand_in: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+        """Put something in the place of every metric for a while."""
+        places = [(parent, name, child) for parent in self.module.modules() for name, child in parent.named_children()]
+        metrics = [place for place in places if isinstance(place[2], (Metric, MetricCollection))]
+        try:
+            for parent, name, metric in metrics:
+                parent._modules[name] = stand_in(metric)
+            yield
+        finally:
+            for parent, name, metric in metrics:
+                parent._modules[name] = metric
+
     def _keep(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(value, Metric):
-            value = value.compute()
-        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
-            self.logged[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        self.logged |= {name: value} if isinstance(value, Metric) else _number(name, value)
 
     def _keep_all(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in dictionary.items():
             self._keep(name, value)
 
 
-def draw_batches(trainer: "pl.Trainer", count: int) -> list[Any]:
-    """Return the first ``count`` batches of a fresh pass over the training data, on the module's device."""
-    batches: list[Any] = []
-    loader: Any = trainer.train_dataloader
-    if isinstance(loader, (Mapping, list, tuple)):
-        from lightning.pytorch.utilities import CombinedLoader
+def _number(name: str, value: Any) -> dict[str, float]:
+    """Return a logged value by its name, if it is a single number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return {name: float(value.detach())}
+    return {name: float(value)} if isinstance(value, (int, float)) else {}
 
-        combined = CombinedLoader(loader, "max_size_cycle")
-        source: Any = (item[0] for item in combined)
-    else:
-        source = iter(loader)
-    for batch in source:
-        module = trainer.lightning_module
-        batch = trainer.precision_plugin.convert_input(batch)
-        batches.append(trainer.strategy.batch_to_device(batch, module.device))
-        if len(batches) == count:
-            break
+
+class _NoMetric(nn.Module):
+    """Takes the place of a metric and measures nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(())
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("update", "compute", "reset"):
+            return self.forward
+        return super().__getattr__(name)
+
+
+def draw_batches(trainer: "pl.Trainer", count: int) -> list[Any]:
+    """Return the first ``count`` batches of a fresh pass over the training data, on the module's device, as the training gets them."""
+    loader: Any = trainer.train_dataloader
+    module = trainer.lightning_module
+    batches: list[Any] = []
+    with _generators_kept(loader):
+        nested = isinstance(loader, (Mapping, list, tuple))
+        source = (item[0] for item in CombinedLoader(loader, "max_size_cycle")) if nested else iter(loader)
+        for batch in source:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batches.append(trainer.strategy.batch_to_device(batch, module.device, dataloader_idx=0))
+            if len(batches) == count:
+                break
     return batches
+
+
+@contextmanager
+def _generators_kept(loaders: Any) -> Iterator[None]:
+    """Put the loaders' own random generators back to where they are."""
+    found: dict[int, torch.Generator] = {}
+    for loader in pytree.tree_leaves(loaders):
+        samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+        for owner in (loader, *samplers):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    states = {key: generator.get_state() for key, generator in found.items()}
+    try:
+        yield
+    finally:
+        for key, generator in found.items():
+            generator.set_state(states[key])

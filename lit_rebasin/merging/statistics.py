@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -15,29 +14,34 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def reestimate_batch_norm(model: nn.Module, forward: Callable[[Any], Any], batches: Iterable[Any]) -> None:
-    """Replace the running statistics of every BatchNorm layer by their plain average over some batches.
+    """Replace the running statistics of BatchNorm layers by their plain average over some batches.
 
-    Averaged weights do not have the average's statistics (Jordan et al., ICLR 2023), so a merge of networks with BatchNorm needs this.
+    Averaged weights do not have the average's statistics (Jordan et al., ICLR 2023), so a merge of networks with BatchNorm needs this. Layers
+    that no batch runs, such as those in the head of another task, and layers in evaluation mode keep their statistics.
 
     Args:
-        model: The merged network, changed in place; its training modes are left as they were.
-        forward: Runs the network on one batch.
+        model: The merged network, changed in place.
+        forward: Runs the network on one batch, with the layers in the modes that they are in now.
         batches: The data: training data, in batches as the network is trained on.
+
+    Raises:
+        Exception: Whatever ``forward`` raises; the statistics are then what they were.
     """
-    modes = {module: module.training for module in model.modules()}
-    with torch.no_grad():
-        update_bn(([batch] for batch in batches), _Forward(model, forward))
-    for module, training in modes.items():
-        module.training = training
-
-
-class _Forward(nn.Module):
-    """What `update_bn` may call: it passes the first entry of each item on."""
-
-    def __init__(self, model: nn.Module, forward: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.run = forward
-
-    def forward(self, batch: Any) -> Any:
-        return self.run(batch)
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
+    momenta = {layer: layer.momentum for layer in layers}
+    before = {layer: {name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers}
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the cumulative average
+    finished = False
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                forward(batch)
+        finished = True
+    finally:
+        for layer in layers:
+            layer.momentum = momenta[layer]
+            if not finished or layer.num_batches_tracked == 0:
+                for name, buffer in layer.named_buffers():
+                    buffer.copy_(before[layer][name])

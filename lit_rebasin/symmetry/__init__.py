@@ -1,7 +1,8 @@
 """What may be permuted in a network."""
 
 from lit_rebasin.symmetry.calls import spec_of_calls
-from lit_rebasin.symmetry.invariance import check_invariance
+from lit_rebasin.symmetry.invariance import Trial, check_invariance
+from lit_rebasin.symmetry.join import join
 from lit_rebasin.symmetry.permute import compose, invert, neurons, permute
 from lit_rebasin.symmetry.registry import rule
 from lit_rebasin.symmetry.spec import Axis, Group, PermutationSpec
@@ -11,9 +12,11 @@ __all__ = [
     "Axis",
     "Group",
     "PermutationSpec",
+    "Trial",
     "check_invariance",
     "compose",
     "invert",
+    "join",
     "neurons",
     "permutation_spec",
     "permute",

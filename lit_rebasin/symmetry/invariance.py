@@ -1,6 +1,6 @@
 """Show by trial that a spec leaves what a network computes unchanged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lit_rebasin.symmetry.permute import permute
-from lit_rebasin.symmetry.spec import PermutationSpec
+from lit_rebasin.symmetry.spec import PermutationSpec, tensors_of
 
 # Rounding may exceed the tolerance in float32 in an ill-conditioned network; in float64 only a wrong spec exceeds this.
 _FLOAT64_TOLERANCE = 1e-6
@@ -47,25 +47,45 @@ def check_invariance(
         RuntimeError: If the difference is above the tolerance; the sentence names the groups, with their axes, that change the function by
             themselves.
     """
-    trial = _Trial(model, spec, (example_inputs, example_kwargs), seed)
+    args, kwargs = pytree.tree_map(_single, (example_inputs, example_kwargs))
+
+    def run(weights: dict[str, Tensor]) -> Any:
+        double = any(tensor.dtype == torch.float64 for tensor in weights.values())
+        inputs = pytree.tree_map(_double, (args, kwargs)) if double else (args, kwargs)
+        return functional_call(model, weights, *inputs)
+
+    trial = Trial(model, spec, run, seed)
     with _modes_kept(model), torch.no_grad(), torch.random.fork_rng():
         model.eval()
-        expected = trial.repeatable_outputs()
-        difference = _difference(trial.run(spec.groups)[0], expected)
-        if not difference <= tolerance and not trial.holds_in_float64():
-            raise RuntimeError(
-                f"Permuting changes the output by {difference:.1e} (relative). {trial.culprits(expected, tolerance)} "
-                "If the spec was found by permutation_spec, a rule is at fault: please report the network."
+        expected = trial.outputs()
+        noise = _difference(trial.outputs(), expected)
+        if noise > 0:
+            raise ValueError(
+                f"{type(model).__name__} gives outputs that differ by {noise:.1e} (relative) when it runs twice on the same input in "
+                "evaluation mode, so nothing can be compared: let it draw no random numbers there, or pass check=False to permutation_spec."
             )
-        trial.check_statistics(tolerance)
+        difference = trial.check(expected, tolerance)
+        _check_statistics(trial, model, tolerance)
     return difference
 
 
-class _Trial:
-    """One set of perturbed weights and of random permutations, run in several ways."""
+class Trial:
+    """One set of perturbed weights and of random permutations, for runs of a network that should all give the same.
 
-    def __init__(self, model: nn.Module, spec: PermutationSpec, inputs: Any, seed: int) -> None:
-        self.model, self.spec = model, spec
+    Args:
+        model: Whose weights; they are copied.
+        spec: The symmetries.
+        run: Gives outputs of the network with given weights.
+        seed: Seed of the permutations and of the perturbation.
+
+    Raises:
+        ValueError: If the model is on the meta device.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: PermutationSpec, run: Callable[[dict[str, Tensor]], Any], seed: int
+    ) -> None:
+        self.spec, self.call = spec, run
         generator = torch.Generator().manual_seed(seed)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         if any(tensor.is_meta for tensor in tensors.values()):
@@ -73,72 +93,78 @@ class _Trial:
                 f"{type(model).__name__} is on the meta device, where weights have no values to compare: "
                 "give it some with model.to_empty(device='cpu'), or pass check=False to permutation_spec."
             )
-        self.inputs = pytree.tree_map(_single, inputs)
         self.tensors = {name: _single(tensor) for name, tensor in _perturb(tensors, generator).items()}
+        self.buffers = [name for name, _ in model.named_buffers()]
         # Tied weights go by several names in a spec, but only by their first in a functional call.
-        every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        first = {id(tensor): name for name, tensor in reversed(every)}
-        self.names = {name: first[id(tensor)] for name, tensor in every}
+        first = {id(tensor): name for name, tensor in tensors.items()}
+        self.names = {name: first[id(tensor)] for name, tensor in tensors_of(model).items()}
         self.permutations = spec.random(generator=generator)
 
-    def run(self, groups: Any = (), *, double: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return the outputs with some groups permuted, and the buffers afterwards."""
+    def permuted(self, tensors: dict[str, Tensor], groups: Iterable[str]) -> dict[str, Tensor]:
+        """Return the tensors with some groups permuted, by the names that a functional call takes."""
         chosen = {name: self.permutations[name] for name in groups}
-        moved = permute({name: self.tensors[first] for name, first in self.names.items()}, self.spec, chosen)
-        weights, inputs = {**moved, **{name: moved[name].clone() for name in self.buffers}}, self.inputs
-        if double:
-            weights, inputs = pytree.tree_map(_double, (weights, inputs))
-        weights = {name: weights[name] for name in self.tensors}
-        args, kwargs = inputs
-        result = functional_call(self.model, weights, args, kwargs)
-        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], weights
+        moved = permute({name: tensors[first] for name, first in self.names.items()}, self.spec, chosen)
+        return {name: moved[name] for name in tensors}
 
-    @property
-    def buffers(self) -> list[str]:
-        return [name for name, _ in self.model.named_buffers()]
+    def weights(self, groups: Iterable[str] = (), *, double: bool = False) -> dict[str, Tensor]:
+        """Return weights for one run, which may write to its buffers."""
+        moved = self.permuted(self.tensors, groups)
+        moved |= {name: moved[name].clone() for name in self.buffers}
+        return {name: _double(tensor) for name, tensor in moved.items()} if double else moved
 
-    def repeatable_outputs(self) -> list[Tensor]:
-        outputs = self.run()[0]
-        noise = _difference(self.run()[0], outputs)
-        if noise > 0:
-            raise ValueError(
-                f"{type(self.model).__name__} gives outputs that differ by {noise:.1e} (relative) when it runs twice on the same input in "
-                "evaluation mode, so nothing can be compared: let it draw no random numbers there, or pass check=False to permutation_spec."
-            )
-        return outputs
+    def outputs(self, groups: Iterable[str] = (), *, double: bool = False) -> list[Tensor]:
+        """Return the tensors that the network gives with some groups permuted."""
+        result = self.call(self.weights(groups, double=double))
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    def holds_in_float64(self) -> bool:
+    def check(self, expected: list[Tensor], tolerance: float) -> float:
+        """Return the largest relative difference that all permutations together make.
+
+        Raises:
+            RuntimeError: If it is above the tolerance, and not by rounding.
+        """
+        difference = _difference(self.outputs(self.spec.groups), expected)
+        if difference <= tolerance or self._holds_in_float64():
+            return difference
+        wrong = self.culprits(expected, tolerance)
+        axes = "; ".join(f"{name}: {', '.join(map(str, self.spec.groups[name].axes))}" for name in wrong)
+        raise RuntimeError(
+            f"Permuting changes the output by {difference:.1e} (relative). Groups at fault: {axes or 'only several together'}. "
+            "If the spec was found by permutation_spec, a rule is at fault: please report the network."
+        )
+
+    def culprits(self, expected: list[Tensor], tolerance: float) -> list[str]:
+        """Return the groups that change the function by themselves."""
+        return [name for name in self.spec.groups if not _difference(self.outputs([name]), expected) <= tolerance]
+
+    def _holds_in_float64(self) -> bool:
         try:
-            outputs, expected = self.run(self.spec.groups, double=True)[0], self.run(double=True)[0]
-        except RuntimeError:  # a network that insists on its own precision
+            outputs, expected = self.outputs(self.spec.groups, double=True), self.outputs(double=True)
+        except (RuntimeError, ValueError, TypeError):  # a network that insists on its own precision
             return False
         return _difference(outputs, expected) <= _FLOAT64_TOLERANCE
 
-    def culprits(self, expected: list[Tensor], tolerance: float) -> str:
-        wrong = [name for name in self.spec.groups if not _difference(self.run([name])[0], expected) <= tolerance]
-        axes = "; ".join(f"{name}: {', '.join(map(str, self.spec.groups[name].axes))}" for name in wrong)
-        return f"Groups at fault: {axes or 'only several together'}."
 
-    def check_statistics(self, tolerance: float) -> None:
-        """Compare the running statistics after one pass in which only the BatchNorm layers are in training mode."""
-        layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
-        if not layers:
-            return
-        for layer in layers:
-            layer.train()
-        try:
-            _, still = self.run(double=True)
-            _, after = self.run(self.spec.groups, double=True)
-        except (ValueError, RuntimeError):  # such as a single value a channel, from which there are no statistics
-            return
-        every = {name: still[first] for name, first in self.names.items()}
-        expected = permute(every, self.spec, self.permutations)
-        for name in self.buffers:
-            difference = _difference([after[name]], [expected[name]])
-            if not difference <= tolerance:
-                raise RuntimeError(
-                    f"Permuting changes what BatchNorm updates in training mode: {name} differs by {difference:.1e} (relative)."
-                )
+def _check_statistics(trial: Trial, model: nn.Module, tolerance: float) -> None:
+    """Compare the running statistics after one pass in which only the BatchNorm layers are in training mode."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not layers:
+        return
+    for layer in layers:
+        layer.train()
+    still, after = trial.weights(double=True), trial.weights(trial.spec.groups, double=True)
+    try:
+        trial.call(still)
+        trial.call(after)
+    except (ValueError, RuntimeError):  # such as a single value a channel, from which there are no statistics
+        return
+    expected = trial.permuted(still, trial.spec.groups)
+    for name in trial.buffers:
+        difference = _difference([after[name]], [expected[name]])
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"Permuting changes what BatchNorm updates in training mode: {name} differs by {difference:.1e} (relative)."
+            )
 
 
 @contextmanager
@@ -161,15 +187,19 @@ def _double(leaf: Any) -> Any:
 
 
 def _perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the tensors with noise of a tenth of their scale; non-negative ones, such as variances, stay non-negative."""
+    """Return the tensors with noise of a tenth of their scale; buffers without a negative entry, such as variances, keep none."""
     noisy = {}
     for name, tensor in tensors.items():
         value = tensor.detach().clone()
-        if value.is_floating_point() and value.numel() > 0:
-            noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-            scale = value.abs().mean()
-            varied = not isinstance(tensor, nn.Parameter) and bool((value > 0).all())
-            value = value * (0.1 * noise).exp() if varied else value + 0.1 * noise * (scale if scale > 0 else 1.0)
+        finite = value.isfinite()
+        if value.is_floating_point() and finite.any():
+            noise = 0.1 * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+            scale = value[finite].abs().mean()
+            varied = not isinstance(tensor, nn.Parameter) and scale > 0 and bool((value >= 0).all())
+            changed = (
+                value * noise.exp() + scale * noise.abs() if varied else value + noise * (scale if scale > 0 else 1.0)
+            )
+            value = torch.where(finite, changed, value)  # a mask keeps its infinities
         noisy[name] = value
     return noisy
 

@@ -9,6 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+# Why the axes of a tensor that a trace does not meet are fixed.
+UNREAD = "not used in the forward pass"
+
 
 @dataclass(frozen=True, order=True)
 class Axis:

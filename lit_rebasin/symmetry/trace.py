@@ -120,15 +120,8 @@ class Trace:
             return value
         found = self.values[value]
         if isinstance(found, Tensor):
-            found = self.constant(found)
+            return [self.algebra.fixed(size, "data or a constant") for size in found.shape]
         return Uniform(self.free(*map(size_of, found))) if isinstance(found, Uniform) else found
-
-    def constant(self, tensor: Tensor) -> Dims:
-        """Return the dimensions of a tensor that no permutation reaches: free where all its values are equal, else fixed."""
-        known = tensor.device.type != "meta" and type(tensor) is Tensor
-        uniform = known and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
-        dims = [self.algebra.fixed(size, "a constant of the network") for size in tensor.shape]
-        return Uniform(dims) if uniform else dims
 
     def _call(self, node: Node) -> Any:
         args, kwargs = pytree.tree_map(self._read, (node.args, node.kwargs))

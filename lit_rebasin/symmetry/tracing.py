@@ -14,7 +14,7 @@ from lit_rebasin.symmetry.export import export
 from lit_rebasin.symmetry.factors import Atom, Dims, reason_of
 from lit_rebasin.symmetry.invariance import check_invariance
 from lit_rebasin.symmetry.layout import axes_along
-from lit_rebasin.symmetry.spec import Axis, Group, PermutationSpec
+from lit_rebasin.symmetry.spec import UNREAD, Axis, Group, PermutationSpec
 from lit_rebasin.symmetry.trace import Trace, is_dims
 
 # Passes over a graph: each may find packed projections inside those that the one before took apart.
@@ -116,7 +116,7 @@ def _spec(model: nn.Module, weights: dict[str, Dims], read: set[str]) -> Permuta
             for atom, found in moved.items():
                 axes.setdefault(atom, []).extend(replace(axis, tensor=name) for axis in found for name in names)
             if not moved:
-                reason = reason_of(weights[known][dim]) if known else "not used in the forward pass"
+                reason = reason_of(weights[known][dim]) if known else UNREAD
                 fixed.update({f"{name}[{dim}]": reason or "" for name in names})
     groups: dict[str, Group] = {}
     for atom, found in axes.items():

@@ -199,3 +199,18 @@ def _glu(trace: Trace, x: Dims, dim: int = -1) -> Dims:
     found = list(x)
     found[dim] = value
     return found
+
+
+@rule(aten.cross_entropy_loss, aten.nll_loss, aten.nll_loss_nd, aten.nll_loss2d)
+def _classes(
+    trace: Trace, x: Dims, target: Dims, weight: Any = None, reduction: int = 1, *rest: Any, **options: Any
+) -> Any:
+    trace.fix(x[min(1, len(x) - 1)], *target, *(weight or []), reason="the classes of a loss")
+    return [] if trace.shape == () else NotImplemented
+
+
+@rule(aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss, aten.huber_loss, aten.binary_cross_entropy)
+@rule(aten.binary_cross_entropy_with_logits, aten.soft_margin_loss)
+def _regression(trace: Trace, x: Dims, target: Dims, *rest: Any, **options: Any) -> Dims:
+    found = trace.broadcast(x, target, *(value for value in (*rest, *options.values()) if is_dims(value) and value))
+    return [] if trace.shape == () else found

@@ -1,0 +1,84 @@
+"""The permutation symmetries of whatever a training step calls."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.symmetry import Group, PermutationSpec, Trial, permutation_spec, spec_of_calls
+
+# A loss is compared in the precision of the training.
+_TOLERANCE = 1e-3
+
+
+def step_spec(step: StepLoss, batch: Any) -> PermutationSpec:
+    """Find which axes of a LightningModule's weights may be permuted together, from its training step on one batch.
+
+    The whole step is traced, so that it may call its networks in any way: several times, one head a task, or weights by themselves. Where the
+    step as a whole cannot be exported, the networks that it calls are traced one by one. The result is checked: the loss stays the same.
+
+    Args:
+        step: The loss of the module.
+        batch: A training batch, on the module's device.
+
+    Returns:
+        The spec, by the module's own names; groups that move a frozen parameter are held.
+
+    Raises:
+        NoLossError: If the step gives no loss on this batch.
+        RuntimeError: If the check fails, which is a fault of this library.
+    """
+    with step.quiet(), torch.no_grad():
+        step.loss(batch)
+        with step.silent():
+            try:
+                spec, traced = _unprefixed(permutation_spec(_Whole(step, batch), check=False)), True
+            except ValueError:
+                spec, traced = spec_of_calls(step.module, lambda: step(batch)), False
+        trial = Trial(step.module, spec, lambda weights: _seeded(step, weights, batch), seed=0)
+        expected = trial.outputs()
+        if traced:
+            trial.check(expected, _TOLERANCE)
+        else:
+            reason = "what training_step does between its calls tells the neurons apart"
+            spec = _without(spec, set(trial.culprits(expected, _TOLERANCE)), reason)
+    frozen = {name for name, parameter in step.module.named_parameters() if not parameter.requires_grad}
+    held = {name for name, group in spec.groups.items() if any(axis.tensor in frozen for axis in group.axes)}
+    return _without(spec, held, "it would move a frozen parameter")
+
+
+class _Whole(nn.Module):
+    """A training step on one batch, as a module without inputs: batches of any type can be traced."""
+
+    def __init__(self, step: StepLoss, batch: Any) -> None:
+        super().__init__()
+        self.step = step
+        self.batch = batch
+
+    def forward(self) -> Tensor:
+        return self.step(self.batch)
+
+
+def _seeded(step: StepLoss, weights: dict[str, Tensor], batch: Any) -> Tensor:
+    torch.manual_seed(0)
+    return step.at(weights, batch)
+
+
+def _unprefixed(spec: PermutationSpec) -> PermutationSpec:
+    prefix = "step.module."
+    groups = {}
+    for group in spec.groups.values():
+        name = group.name.removeprefix(prefix)
+        axes = tuple(replace(axis, tensor=axis.tensor.removeprefix(prefix)) for axis in group.axes)
+        groups[name] = Group(name, group.size, axes)
+    return PermutationSpec(groups, {axis.removeprefix(prefix): reason for axis, reason in spec.fixed.items()})
+
+
+def _without(spec: PermutationSpec, held: set[str], reason: str) -> PermutationSpec:
+    """Return the spec with some groups held in place."""
+    groups = {name: group for name, group in spec.groups.items() if name not in held}
+    moved = {str(axis) for group in groups.values() for axis in group.axes}
+    axes = [str(axis) for name in held for axis in spec.groups[name].axes]
+    return PermutationSpec(groups, {**spec.fixed, **{axis: reason for axis in axes if axis not in moved}})
