@@ -121,7 +121,7 @@ class StepLoss(nn.Module):
     def quiet(self) -> Iterator[None]:
         """Set logging, metrics, training modes and the global random state aside, and put them back."""
         modes = {module: module.training for module in self.module.modules()}
-        with self._replaced(copy.deepcopy), isolate_rng():
+        with self._replaced(_copied), isolate_rng():
             try:
                 object.__setattr__(self.module, "log", self._keep)
                 object.__setattr__(self.module, "log_dict", self._keep_all)
@@ -175,6 +175,12 @@ def _number(name: str, value: Any) -> dict[str, float]:
     if isinstance(value, Tensor) and value.numel() == 1:
         return {name: float(value.detach())}
     return {name: float(value)} if isinstance(value, (int, float)) else {}
+
+
+def _copied(metric: nn.Module) -> nn.Module:
+    """Return a deep copy of a metric, which may keep tensors of the training's graph."""
+    held = pytree.tree_leaves([vars(part) for part in metric.modules()])
+    return copy.deepcopy(metric, {id(leaf): leaf.detach().clone() for leaf in held if isinstance(leaf, Tensor)})
 
 
 class _NoMetric(nn.Module):

@@ -43,7 +43,7 @@ def check_invariance(
         The largest relative difference of an output.
 
     Raises:
-        ValueError: If the model is on the meta device, or gives other outputs when it runs twice.
+        ValueError: If the model is on the meta device, gives NaN, or gives other outputs when it runs twice.
         RuntimeError: If the difference is above the tolerance; the sentence names the groups, with their axes, that change the function by
             themselves.
     """
@@ -58,6 +58,11 @@ def check_invariance(
     with _modes_kept(model), torch.no_grad(), torch.random.fork_rng():
         model.eval()
         expected = trial.outputs()
+        if any(output.isnan().any() for output in expected):
+            raise ValueError(
+                f"{type(model).__name__} gives NaN on the example inputs, so nothing can be compared: give it other inputs, "
+                "or pass check=False to permutation_spec."
+            )
         noise = _difference(trial.outputs(), expected)
         if noise > 0:
             raise ValueError(
@@ -205,5 +210,11 @@ def _perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[
 
 
 def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = [(a.double(), b.double()) for a, b in zip(outputs, expected, strict=True) if b.numel() > 0]
-    return max((float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs), default=0.0)
+    """Return the largest difference, relative to the largest finite value of its tensor; equal infinities do not differ."""
+    differences = [0.0]
+    for a, b in zip(outputs, expected, strict=True):
+        if b.numel() > 0:
+            a, b = a.double(), b.double()
+            scale = b.abs().masked_fill(b.isinf(), 0.0).max().clamp_min(1e-12)
+            differences.append(float((a - b).masked_fill(a == b, 0.0).abs().max() / scale))
+    return max(differences) if all(d == d for d in differences) else float("nan")
