@@ -66,7 +66,7 @@ class _Whole(nn.Module):
 def _seeded(step: StepLoss, weights: dict[str, Tensor], batch: Any) -> Tensor:
     torch.manual_seed(0)
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002: a step may draw from NumPy's global state
+    np.random.seed(0)  # noqa: NPY002 - a step may draw from NumPy's global state
     return step.at(weights, batch)
 
 

@@ -46,7 +46,7 @@ def losses(module, spec, batch, seed=0):
     moved = permute(module, spec, spec.random(generator=torch.Generator().manual_seed(seed)))
     for model in (module, moved):
         random.seed(0)
-        np.random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
         torch.manual_seed(0)
         found.append(float(model.training_step(batch, 0).detach()))
     return found
@@ -90,7 +90,7 @@ def value_decides_on_features(m, batch):
 
 def mixup(m, batch):
     x, y = batch
-    share, order = np.random.beta(1, 1), torch.randperm(len(x))
+    share, order = np.random.beta(1, 1), torch.randperm(len(x))  # noqa: NPY002
     logits = m.net(share * x + (1 - share) * x[order])
     return share * cross_entropy(logits, y) + (1 - share) * cross_entropy(logits, y[order])
 
@@ -184,7 +184,7 @@ def test_the_module_is_left_as_it_was(tmp_path):
     modes = [part.training for part in module.modules()]
     step, state = attached(tmp_path, module), torch.random.get_rng_state()
     spec = step_spec(step, (X.new_ones(5, 64), torch.arange(5)))
-    assert {name for name in spec.groups} == {"net.1", "net.5"}
+    assert set(spec.groups) == {"net.1", "net.5"}
     assert all(torch.equal(before[name], tensor) for name, tensor in named_tensors(module).items())
     assert [part.training for part in module.modules()] == modes
     assert torch.equal(state, torch.random.get_rng_state())
