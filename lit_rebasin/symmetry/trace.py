@@ -35,6 +35,7 @@ class Trace:
     Attributes:
         shape: Shape of the output of the operator at hand (a list of shapes if it has several).
         node: The operator's node in the exported graph.
+        consumed: The dimensions of all that some operator computes with, and does not only take a view of.
     """
 
     def __init__(self, algebra: Algebra, weights: dict[str, Dims]) -> None:
@@ -43,6 +44,7 @@ class Trace:
         self.values: dict[Node, Any] = {}
         self.node: Node
         self.shape: Any = ()
+        self.consumed: Dims = []
         self._written: set[Node] = set()
         self._fresh = 0
 
@@ -139,6 +141,8 @@ class Trace:
                 f"{_name_of(node)} in {_module_of(node)} gives an output whose shape depends on data, which cannot be traced. "
                 "A spec can be written by hand with PermutationSpec.from_axes."
             )
+        if not getattr(node.target, "is_view", False):
+            self.consumed.extend(dim for dims in _tensors_in((args, kwargs)) for dim in dims)
         result = self._apply(node, args, kwargs)
         if result is NotImplemented or not _fits(result, value):
             return self._fix_all((args, kwargs), value, f"{_name_of(node)} has no rule for this use")

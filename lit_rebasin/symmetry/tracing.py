@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from lit_rebasin.symmetry import rules  # noqa: F401  registers the rules
 from lit_rebasin.symmetry.algebra import Algebra
 from lit_rebasin.symmetry.export import export
-from lit_rebasin.symmetry.factors import Atom, Dims, reason_of
+from lit_rebasin.symmetry.factors import Atom, Dims, atoms_of, reason_of, resolve
 from lit_rebasin.symmetry.invariance import check_invariance
 from lit_rebasin.symmetry.layout import axes_along
 from lit_rebasin.symmetry.spec import UNREAD, Axis, Group, PermutationSpec
@@ -71,6 +71,7 @@ def _follow(programs: list[ExportedProgram], algebra: Algebra) -> tuple[dict[str
     """Walk all graphs with the same weights; return the weights' dimensions, and the names of those that are read."""
     weights: dict[str, Dims] = {}
     read: set[str] = set()
+    consumed: Dims = []
     for program in programs:
         trace = Trace(algebra, weights)
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -80,11 +81,22 @@ def _follow(programs: list[ExportedProgram], algebra: Algebra) -> tuple[dict[str
         outputs = trace.walk(
             program.graph_module, [_input(trace, program, spec, node.meta.get("val")) for spec, node in specs]
         )
+        consumed += trace.consumed
         for spec, dims in zip(program.graph_signature.output_specs, outputs, strict=True):
             if spec.kind is OutputKind.USER_OUTPUT and is_dims(dims):
                 for dim in dims:
                     algebra.fix(dim, "the network's output")
+    _fix_unreached(weights, consumed)
     return weights, read
+
+
+def _fix_unreached(weights: dict[str, Dims], consumed: Dims) -> None:
+    """Fix entries that nothing computes with, such as the positions beyond the example's length: another input may reach them."""
+    reached = {atom for dim in consumed for atom in atoms_of(resolve(dim))}
+    for dims in weights.values():
+        for atom in atoms_of(factor for dim in dims for factor in resolve(dim)):
+            if atom not in reached and atom.reason is None:
+                atom.reason = "entries that the example input does not reach"
 
 
 def _input(trace: Trace, program: ExportedProgram, spec: Any, value: Any) -> Any:
