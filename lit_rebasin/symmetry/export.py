@@ -33,6 +33,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, t
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"permutation_spec needs a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"permutation_spec needs the network inside {type(model).__name__}: give it model.module.")
     if not args and not kwargs:
         try:
             inspect.signature(model.forward).bind()

@@ -1,7 +1,7 @@
 """Networks of many kinds, by name: how to build one, what goes in, and how many groups are to be found, counted by hand.
 
-A group is one permutation that can be chosen by itself. Attention has three: the heads, and inside a head the neurons of query and key, and those
-of value and output. So does a norm over c groups of channels: the groups, and the channels inside one.
+A group is one permutation that can be chosen by itself. Attention has three: the heads, and inside a head the neurons of query and key, and
+those of value and output. A norm over groups of channels has two: the groups, and the channels inside one.
 """
 
 from collections.abc import Callable
