@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
+from lit_rebasin.symmetry import attributes_kept
+
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and buffers by name, detached but not copied; tied weights appear under their first name."""
@@ -96,7 +98,8 @@ class StepLoss(nn.Module):
         buffers = {name for name, _ in self.module.named_buffers()}
         # BatchNorm writes to its buffers, and takes none that carry a gradient: it must get copies.
         chosen = {f"module.{n}": tensor.detach().clone() if n in buffers else tensor for n, tensor in weights.items()}
-        return functional_call(self, chosen, (batch,))
+        with attributes_kept(part for part in self.module.modules() if not isinstance(part, Metric)):
+            return functional_call(self, chosen, (batch,))
 
     def mean(self, weights: Mapping[str, Tensor], batches: list[Any]) -> tuple[Tensor, dict[str, float]]:
         """Return the mean loss over some batches without gradients, and the means of what ``training_step`` logs."""

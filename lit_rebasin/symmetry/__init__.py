@@ -3,6 +3,7 @@
 from lit_rebasin.symmetry.calls import spec_of_calls
 from lit_rebasin.symmetry.invariance import Trial, check_invariance
 from lit_rebasin.symmetry.join import join
+from lit_rebasin.symmetry.keep import attributes_kept
 from lit_rebasin.symmetry.permute import compose, invert, neurons, permute
 from lit_rebasin.symmetry.registry import rule
 from lit_rebasin.symmetry.spec import Axis, Group, PermutationSpec
@@ -13,6 +14,7 @@ __all__ = [
     "Group",
     "PermutationSpec",
     "Trial",
+    "attributes_kept",
     "check_invariance",
     "compose",
     "invert",

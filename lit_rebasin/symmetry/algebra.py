@@ -208,7 +208,7 @@ class Algebra:
     def _split_sum(self, total: Sum, outer: int) -> tuple[Dim, Dim] | None:
         n, size = len(total.parts), size_of(total.parts[0])
         if any(size_of(part) != size for part in total.parts) or (n % outer and outer % n):
-            return None
+            return self._split_parts(total, total.size // outer)
         index = Atom("", min(n, outer), "the index of a concatenation")
         if n % outer == 0:
             step = n // outer
@@ -220,6 +220,18 @@ class Algebra:
             return None
         fronts, inner = zip(*halves, strict=True)
         return (index, Family(index, fronts)), (Family(index, inner),)
+
+    def _split_parts(self, total: Sum, inner: int) -> tuple[Dim, Dim] | None:
+        """Split every part of a concatenation, such as different numbers of heads, with one and the same inner dimension."""
+        if any(size_of(part) % inner for part in total.parts):
+            return None
+        halves = [self.split(part, (size_of(part) // inner, inner)) for part in total.parts]
+        if any(half is None for half in halves):
+            return None
+        fronts, backs = zip(*halves, strict=True)
+        for back in backs[1:]:
+            self.unify(backs[0], back)
+        return (Sum(fronts),), backs[0]
 
     def cut(self, dim: Iterable[Factor], at: int) -> tuple[Dim, Dim]:
         """Return the first ``at`` entries of a dimension, and the rest; where a cut is not possible, the dimension is fixed."""

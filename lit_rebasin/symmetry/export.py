@@ -15,6 +15,8 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from lit_rebasin.symmetry.keep import attributes_kept
+
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> ExportedProgram:
     """Return the graph of a module, which is left as it was.
@@ -58,16 +60,14 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, t
 @contextmanager
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Put every part in one mode for a while, without the fused kernels of attention, which hide its structure."""
-    modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.train(training)
     try:
-        yield
+        with attributes_kept(model.modules()):
+            model.train(training)
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Show by trial that a spec leaves what a network computes unchanged."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from lit_rebasin.symmetry.keep import attributes_kept
 from lit_rebasin.symmetry.permute import permute
 from lit_rebasin.symmetry.spec import PermutationSpec, tensors_of
 
@@ -52,10 +52,11 @@ def check_invariance(
     def run(weights: dict[str, Tensor]) -> Any:
         double = any(tensor.dtype == torch.float64 for tensor in weights.values())
         inputs = pytree.tree_map(_double, (args, kwargs)) if double else (args, kwargs)
-        return functional_call(model, weights, *inputs)
+        with attributes_kept(model.modules()):  # some cache what they compute from their weights
+            return functional_call(model, weights, *inputs)
 
     trial = Trial(model, spec, run, seed)
-    with _modes_kept(model), torch.no_grad(), torch.random.fork_rng():
+    with attributes_kept(model.modules()), torch.no_grad(), torch.random.fork_rng():
         model.eval()
         expected = trial.outputs()
         if any(output.isnan().any() for output in expected):
@@ -170,16 +171,6 @@ def _check_statistics(trial: Trial, model: nn.Module, tolerance: float) -> None:
             raise RuntimeError(
                 f"Permuting changes what BatchNorm updates in training mode: {name} differs by {difference:.1e} (relative)."
             )
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _single(leaf: Any) -> Any:

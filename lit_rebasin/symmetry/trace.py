@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -160,7 +161,14 @@ class Trace:
             inspect.signature(rule).bind(self, *args, **kwargs)
         except TypeError:  # a use of the operator that the rule does not know
             return NotImplemented
-        return rule(self, *args, **kwargs)
+        try:
+            return rule(self, *args, **kwargs)
+        except Exception as error:  # whatever it has tied by then only holds more in place
+            warnings.warn(
+                f"The rule of {_name_of(node)} fails in {_module_of(node)} ({error!r}), so what the operator touches is fixed.",
+                stacklevel=2,
+            )
+            return NotImplemented
 
     def _is_uniform(self, node: Node, args: Any, kwargs: Any) -> bool:
         name = _name_of(node)

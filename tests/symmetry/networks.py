@@ -232,6 +232,37 @@ def several_inputs():
     return Of(forward, a=nn.Linear(4, 6), b=nn.Linear(5, 6), out=nn.Linear(6, 2), other=nn.Linear(6, 3))
 
 
+def token_convolutions():
+    """Convolutions of width one, by which no position is told from another."""
+
+    def forward(m, x):
+        h = m.a(x)
+        h = m.mix(F.gelu(m.spread(h.transpose(0, 1)))).transpose(0, 1)  # over the batch; features are positions
+        return m.head(h.sum(1))
+
+    return Of(
+        forward,
+        a=nn.Linear(5, 7),
+        spread=nn.Conv1d(2, 4, 1),
+        mix=nn.Conv1d(4, 2, 1),
+        head=nn.Linear(7, 3),
+    )
+
+
+def split_heads():
+    """Eight heads in three parts of 2, 3 and 3, each with weights of its own, over one and the same kind of channel (CoaT)."""
+
+    def forward(m, x):
+        heads = m.v(m.a(x)).unflatten(-1, (8, 4)).flatten(2)
+        parts = [part * scale for part, scale in zip(heads.split([8, 12, 12], -1), m.scales, strict=True)]
+        mixed = torch.cat(parts, -1).unflatten(-1, (8, 4)) @ m.inside
+        return m.head(mixed.flatten(2).mean(1))
+
+    scales = nn.ParameterList([nn.Parameter(torch.zeros(n)) for n in (8, 12, 12)])
+    inside = nn.Parameter(torch.zeros(4, 4))
+    return Of(forward, a=nn.Linear(5, 9), v=nn.Linear(9, 32), scales=scales, inside=inside, head=nn.Linear(32, 2))
+
+
 def avalanche(name, **options):
     def build():
         from avalanche import models
@@ -320,6 +351,11 @@ OTHERS = {
     "encoder-decoder, norm first": Network(lambda: encoder_decoder(norm_first=True), (WORDS, tokens(2, 4)), 23),
     "tied embedding": Network(tied, (WORDS,), 1),
     "loop and branch on shapes": Network(loop_and_branch, (ROWS,), 3),
+    "RMSNorm": Network(
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8, eps=1e-6), nn.SiLU(), nn.Linear(8, 2)), (ROWS,), 1
+    ),
+    "pointwise convolutions over tokens": Network(token_convolutions, (vectors(2, 6, 5),), 2),
+    "heads of three kinds": Network(split_heads, (vectors(2, 6, 5),), 6),
     "several inputs, dictionary output": Network(
         several_inputs, (ROWS, vectors(3, 5)), 1, kwargs={"scale": torch.tensor(2.0, dtype=torch.float64)}
     ),

@@ -151,3 +151,41 @@ def test_rule_that_is_wrong_is_caught():
 def test_rule_needs_an_operator():
     with pytest.raises(TypeError, match=r"operators of torch.ops, such as torch.ops.aten.linear, got .*function"):
         rule(torch.relu)
+
+
+def test_rule_that_fails_fixes_what_its_operator_touches():
+    @torch.library.custom_op("lit_rebasin_tests::half", mutates_args=())
+    def half(x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    half.register_fake(torch.empty_like)
+    rule(torch.ops.lit_rebasin_tests.half)(lambda trace, x: x[7])
+    model = Of(lambda m, x: m.b(torch.ops.lit_rebasin_tests.half(m.a(x))), a=nn.Linear(4, 8), b=nn.Linear(8, 2))
+    with pytest.warns(UserWarning, match=r"rule of lit_rebasin_tests::half fails .*IndexError.* is fixed"):
+        spec = permutation_spec(model, X)
+    assert not spec.groups
+    assert "lit_rebasin_tests::half" in spec.fixed["a.weight[0]"]
+
+
+class Caching(nn.Module):
+    """Keeps what it makes of its weights, as attention biases in evaluation mode often are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.kept = {}
+        self.last = None
+
+    def forward(self, x):
+        if "weight" not in self.kept:
+            self.kept["weight"] = self.a.weight.abs()
+        self.last = F.linear(x, self.kept["weight"], self.a.bias)
+        return self.b(self.last)
+
+
+def test_network_that_caches_what_it_makes_of_its_weights():
+    model = Caching()
+    spec = permutation_spec(model, X)
+    assert {str(axis) for axis in spec.groups["a"].axes} == {"a.weight[0]", "a.bias[0]", "b.weight[1]"}
+    assert model.kept == {}
+    assert model.last is None

@@ -25,7 +25,12 @@ def _per_channel(trace: Trace, x: Dims, *rest: Any, **options: Any) -> Any:
     return x if isinstance(trace.shape, tuple) and all(isinstance(n, int) for n in trace.shape) else NotImplemented
 
 
-@rule(aten.layer_norm, aten.rms_norm)
+@rule(aten.rms_norm)
+def _rms_norm(trace: Trace, x: Dims, shape: Any, weight: Any = None, eps: float | None = None) -> Dims:
+    return _layer_norm(trace, x, shape, weight)
+
+
+@rule(aten.layer_norm)
 def _layer_norm(
     trace: Trace, x: Dims, shape: Any, weight: Any = None, bias: Any = None, *rest: Any, **options: Any
 ) -> Dims:

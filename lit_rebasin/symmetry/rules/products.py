@@ -69,15 +69,23 @@ def _spelled(term: str, rank: int) -> list[str]:
     return [*before, *(f".{k}" for k in range(hidden, 0, -1)), *after]
 
 
-def _convolve(trace: Trace, x: Dims, weight: Dims, bias: Any, groups: int, *, transposed: bool) -> Dims:
+def _convolve(
+    trace: Trace,
+    x: Dims,
+    weight: Dims,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    groups: int,
+    *,
+    transposed: bool = False,
+) -> Dims:
     """Tie ``weight (out, in / groups, ...)``, or transposed ``(in, out / groups, ...)``, to the input; windows tell positions apart."""
+    size = trace.algebra.length
     space = len(weight) - 2
     channel = len(x) - space - 1
-    trace.fix(*x[channel + 1 :], reason="a position that a convolution moves over")
-    trace.fix(*weight[2:], reason="a position in a convolution's kernel")
     source, target = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
     if groups > 1:
-        size = trace.algebra.length
         inner, outer = (size(source) // groups, size(target)) if transposed else (size(source), size(target) // groups)
         index, into, out_of = trace.free(groups, inner, outer)
         trace.unify(weight[1], out_of if transposed else into)
@@ -86,7 +94,21 @@ def _convolve(trace: Trace, x: Dims, weight: Dims, bias: Any, groups: int, *, tr
     trace.unify(x[channel], source)
     if bias is not None:
         trace.unify(target, bias[0])
-    return [*x[:channel], target, *trace.fixed(*trace.shape[channel + 1 :])]
+    found = [*x[:channel], target]
+    plain = all(step == 1 for step in _each(stride)) and all(margin == 0 for margin in _each(padding))
+    for k in range(space):
+        position = x[channel + 1 + k]
+        if plain and size(weight[2 + k]) == 1:  # the same sum at every position
+            found.append(position)
+            continue
+        trace.fix(position, reason="a position that a convolution moves over")
+        trace.fix(weight[2 + k], reason="a position in a convolution's kernel")
+        found.extend(trace.fixed(trace.shape[channel + 1 + k]))
+    return found
+
+
+def _each(setting: Any) -> list[Any]:
+    return list(setting) if isinstance(setting, list | tuple) else [setting]
 
 
 @rule(aten.conv1d, aten.conv2d, aten.conv3d)
@@ -100,7 +122,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Dims:
-    return _convolve(trace, x, weight, bias, groups, transposed=False)
+    return _convolve(trace, x, weight, bias, stride, padding, groups)
 
 
 @rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
@@ -115,13 +137,13 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Dims:
-    return _convolve(trace, x, weight, bias, groups, transposed=True)
+    return _convolve(trace, x, weight, bias, stride, [*_each(padding), *_each(output_padding)], groups, transposed=True)
 
 
 @rule(aten.convolution)
 def _any_convolution(trace: Trace, x: Dims, weight: Dims, bias: Any, *settings: Any) -> Any:
-    _, _, _, transposed, _, groups = settings
-    return _convolve(trace, x, weight, bias, groups, transposed=transposed)
+    stride, padding, _, transposed, more, groups = settings
+    return _convolve(trace, x, weight, bias, stride, [*_each(padding), *_each(more)], groups, transposed=transposed)
 
 
 @rule(aten.embedding)
