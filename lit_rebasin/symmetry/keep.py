@@ -1,6 +1,7 @@
 """Leave a module as it was found."""
 
 import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def attributes_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the plain attributes of modules, such as training modes and what they cache of their weights, back to what they were.
+    """Put the attributes of modules, such as training modes, hooks and what they cache of their weights, back to what they were.
 
     Args:
         parts: The modules themselves; those inside them only if they are listed too, as in ``model.modules()``.
@@ -28,7 +29,7 @@ def attributes_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _content(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (dict, list, set) else None
+    return copy.copy(value) if type(value) in (dict, OrderedDict, defaultdict, list, set) else None
 
 
 def _refill(value: Any, content: Any) -> None:

@@ -189,3 +189,24 @@ def test_network_that_caches_what_it_makes_of_its_weights():
     assert {str(axis) for axis in spec.groups["a"].axes} == {"a.weight[0]", "a.bias[0]", "b.weight[1]"}
     assert model.kept == {}
     assert model.last is None
+
+
+def test_hooks_that_a_network_gives_itself_at_its_first_call_are_not_given_twice():
+    class Records(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.ready, self.seen = plain(nn.ReLU()), False, []
+
+        def forward(self, x):
+            if not self.ready:
+                self.net[0].register_forward_hook(lambda module, args, output: self.seen.append(output))
+                self.ready = True
+            self.seen.clear()
+            self.net(x)
+            (hidden,) = self.seen
+            return hidden.sum(-1)
+
+    model = Records()
+    assert "net.0" in permutation_spec(model, X).groups
+    assert not model.net[0]._forward_hooks
+    assert model(X).shape == (3,)
