@@ -189,13 +189,13 @@ def _perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[
         value = tensor.detach().clone()
         finite = value.isfinite()
         if value.is_floating_point() and finite.any():
-            noise = 0.1 * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-            scale = value[finite].abs().mean()
+            noise = torch.randn(value.shape, generator=generator).mul_(0.1).to(value.device, value.dtype)
+            scale = float(value[finite].abs().mean()) if not finite.all() else float(value.abs().mean())
             varied = not isinstance(tensor, nn.Parameter) and scale > 0 and bool((value >= 0).all())
-            changed = (
-                value * noise.exp() + scale * noise.abs() if varied else value + noise * (scale if scale > 0 else 1.0)
-            )
-            value = torch.where(finite, changed, value)  # a mask keeps its infinities
+            if varied:
+                value.mul_(noise.exp()).add_(noise.abs_(), alpha=scale)
+            else:
+                value.add_(noise, alpha=scale if scale > 0 else 1.0)  # a mask keeps its infinities
         noisy[name] = value
     return noisy
 

@@ -136,7 +136,8 @@ class Trace:
             self.node = node
             return result
         value = node.meta.get("val")
-        if value is None and not node.target._schema.is_mutable:  # an assertion
+        schema = getattr(node.target, "_schema", None)
+        if value is None and schema is not None and not schema.is_mutable:  # an assertion
             return None
         self.shape = pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else None, value)
         if any(isinstance(size, torch.SymInt) for size in pytree.tree_leaves(self.shape)):
