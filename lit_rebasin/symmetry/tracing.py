@@ -28,8 +28,8 @@ def permutation_spec(
 
     The module is exported with `torch.export` in evaluation mode (and in training mode as well, where some of its weights, such as those of
     auxiliary heads, are used in that mode only), and left as it was. Every dimension of every tensor of the graph gets an identity, one rule
-    per operator ties or fixes identities, and what an operator without a rule touches is fixed. The trace copies no weights; the check holds two
-    more copies of them while it runs.
+    per operator ties or fixes identities, and what an operator without a rule touches is fixed. The trace copies no weights; the check holds
+    two more copies of them while it runs.
 
     Args:
         model: Any module whose forward has no branch that depends on data.
