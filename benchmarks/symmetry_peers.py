@@ -1,6 +1,7 @@
-"""Permute one torchvision model at random with one peer, and say whether it still computes the same function.
+"""Does a torchvision model still compute the same function after a peer has permuted it at random?
 
-Prints one JSON line. Run by symmetry_coverage.py, in a process of its own, because both peers install a module called `rebasin`.
+Used by symmetry_coverage.py. As a script it does one model with one peer and prints one JSON line: each in a process of its own, because both
+peers install a module called `rebasin`.
 """
 
 import argparse
@@ -8,12 +9,22 @@ import contextlib
 import copy
 import io
 import json
+import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 
 import torch
 from randomised_models import build, example_input, relative_difference, with_batch_statistics
 
+PACKAGES = {"sinkhorn": "sinkhorn-rebasin", "snimu": "rebasin"}
+SECONDS = 60
+# The smallest of most families: larger ones have the same operators, and take the peers more than a minute.
+MODELS = """
+    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
+    mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t
+    vgg11 vgg11_bn vit_b_16 wide_resnet50_2
+""".split()  # noqa: SIM905
 # The smallest side that a network takes; the peers are given less than our own table to be quick.
 SIZES = {"inception_v3": 75, "vit_b_16": 224, "maxvit_t": 224}
 
@@ -68,6 +79,22 @@ def measure(peer, name):
             with_batch_statistics(moved, x), with_batch_statistics(model, x)
         )
     return found
+
+
+def title(peer, folder):
+    found = next(iter(distributions(name=PACKAGES[peer], path=[folder])))
+    return f"{PACKAGES[peer]} {found.version}"
+
+
+def run(peer, folder, name):
+    """Return what a process of its own measures."""
+    command = [sys.executable, __file__, "--peer", peer, "--path", folder, "--model", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"no result in {SECONDS} s"}
+    lines = done.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 and lines else {"failure": done.stderr.strip()[-200:]}
 
 
 def main():
