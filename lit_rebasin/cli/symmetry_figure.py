@@ -27,27 +27,29 @@ def symmetry_figure(spec: PermutationSpec, shapes: Mapping[str, tuple[int, ...]]
         shapes: Of the tensors to draw, in order.
     """
     names = list(shapes)
-    columns = [names[k : k + _ROWS] for k in range(0, len(names), _ROWS)] or [[]]
-    longest = max(map(len, names), default=0)
-    figure = Figure(
-        figsize=((0.085 * longest + 2.6) * len(columns), 0.24 * len(columns[0]) + 1.2), layout="constrained"
-    )
     groups = {name: number for number, name in enumerate(spec.groups, start=1)}
+    legend = [(n, f"{n}  {name} ({spec.groups[name].size})") for name, n in groups.items()] + [(0, "fixed")]
+    legend = legend if len(groups) <= _NAMED else []
+    columns = [names[k : k + _ROWS] for k in range(0, len(names), _ROWS)] or [[]]
+    rank = max([2, *map(len, shapes.values())])
+    column_width = 0.085 * max(map(len, names), default=0) + 0.5 * rank + 0.3
+    legend_width = 0.08 * max((len(text) for _, text in legend), default=0) + 0.7
+    figure = Figure(
+        figsize=(column_width * len(columns) + legend_width, 0.24 * len(columns[0]) + 0.8), layout="constrained"
+    )
     strips = _strips(spec, shapes, groups)
     for axes, rows in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for row, name in enumerate(rows):
             for dim in range(len(shapes[name])):
                 _draw_box(axes, row, dim, strips[name, dim])
-        axes.set(xlim=(0, max(2, *map(len, shapes.values()))), ylim=(len(columns[0]) - 0.4, -0.6))
-        rank = max((len(shapes[name]) for name in rows), default=0)
+        axes.set(xlim=(0, rank), ylim=(len(columns[0]) - 0.4, -0.6))
         axes.set_xticks([dim + 0.5 for dim in range(rank)], [f"[{dim}]" for dim in range(rank)], fontsize=8)
         axes.xaxis.tick_top()
         axes.set_yticks(range(len(rows)), rows, family="monospace", fontsize=8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    if len(groups) <= _NAMED:
-        named = [Patch(color=_color(n), label=f"{n}  {name} ({spec.groups[name].size})") for name, n in groups.items()]
-        handles = [*named, Patch(color=_FIXED, label="fixed")]
+    if legend:
+        handles = [Patch(color=_color(number), label=text) for number, text in legend]
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
@@ -76,7 +78,7 @@ def _draw_box(axes: Axes, row: int, dim: int, strips: list[Tensor]) -> None:
     height = _HEIGHT / len(strips)
     for level, strip in enumerate(strips):
         y = row - _HEIGHT / 2 + (level + 0.5) * height
-        cells = [int(strip[k * len(strip) // _CELLS]) for k in range(_CELLS)]
+        cells = [int(strip[k * len(strip) // _CELLS]) for k in range(_CELLS)] if len(strip) else []
         for start, stop, number in _runs(cells):
             left, width = dim + 0.03 + 0.94 * start / _CELLS, 0.94 * (stop - start) / _CELLS
             axes.barh(y, width, left=left, height=height, color=_color(number), edgecolor="white", linewidth=0.5)
