@@ -55,37 +55,40 @@ class Inspection:
 
 def run_inspect(arguments: Sequence[str]) -> None:
     """Find, check and print the symmetries of a network."""
-    path, words = _take_model(list(arguments))
-    target = _imported(path)
-    config, model = _parse(path, target, words)
-    figure = config.get("figure")
-    args, kwargs = _inputs(config.get("input", []))
-    if figure is not None and Path(figure).suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--figure must be a .png, .svg or .pdf file, got {figure}")
-    if config.get("checkpoint") is not None:
-        _load(model, config.checkpoint)
-    found = _inspect(path, model, args, kwargs)
-    if figure is not None:
-        _draw(found, model, figure)
-    if config.get("json"):
+    options, words = _options(list(arguments))
+    target = _imported(options.model)
+    held = {} if options.checkpoint is None else _read(options.checkpoint)
+    model = _build(options.model, target, [*_saved_arguments(held), *words])
+    args, kwargs = _inputs(options.input)
+    if options.checkpoint is not None:
+        _load(model, held, options.checkpoint)
+    found = _inspect(options.model, model, args, kwargs)
+    if options.figure is not None:
+        _draw(found, model, options.figure)
+    if options.json:
         print(found.to_json())
     else:
         _print(found)
 
 
-def _take_model(words: list[str]) -> tuple[str, list[str]]:
-    """Return the import path, which is the first word or follows ``--model``, and the other words."""
+def _options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the command's own options, and the words that are left for the network's arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--model")
+    parser.add_argument("--input", action="append", default=[])
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure")
+    named = ["--model"] if words and not words[0].startswith("-") else []
     try:
-        found, others = parser.parse_known_args(
-            words if words[:1] and words[0].startswith("-") else ["--model", *words]
-        )
-    except argparse.ArgumentError:
-        found, others = argparse.Namespace(model=None), []
-    if found.model is None:
+        options, others = parser.parse_known_args([*named, *words])
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    if options.model is None:
         raise UsageError("inspect needs the import path of a network, such as inspect torchvision.models.resnet50")
-    return found.model, others
+    if options.figure is not None and Path(options.figure).suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--figure must be a .png, .svg or .pdf file, got {options.figure}")
+    return options, others
 
 
 def _imported(path: str) -> Any:
@@ -106,15 +109,9 @@ def _imported(path: str) -> Any:
     return found
 
 
-def _parse(path: str, target: Any, words: list[str]) -> tuple[Any, nn.Module]:
-    """Return the options, and the network built with those that begin with ``--model.``."""
+def _build(path: str, target: Any, words: list[str]) -> nn.Module:
+    """Return the network, made with the arguments that begin with ``--model.``."""
     parser = ArgumentParser(prog=f"lit-rebasin inspect {path}", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--input", action="append", help="[NAME=]SHAPE[:DTYPE] of an example input; once for each.")
-    parser.add_argument("--checkpoint", type=str | None, default=None, help="File whose weights to take.")
-    parser.add_argument("--json", action="store_true", help="Print everything as JSON.")
-    parser.add_argument(
-        "--figure", type=str | None, default=None, help="Draw the spec to this .png, .svg or .pdf file."
-    )
     if isclass(target):
         parser.add_class_arguments(target, "model", instantiate=False, fail_untyped=False)
     elif not isinstance(target, nn.Module):
@@ -122,13 +119,42 @@ def _parse(path: str, target: Any, words: list[str]) -> tuple[Any, nn.Module]:
     torch.manual_seed(0)
     try:
         given = parser.parse_args(words, defaults=False)  # the defaults that it reads off a function can be wrong
-        config = parser.instantiate(given)
-        model = target if isinstance(target, nn.Module) else target(**vars(config.get("model", Namespace())))
+        made = vars(parser.instantiate(given).get("model", Namespace()))
+        model = target if isinstance(target, nn.Module) else target(**made)
     except (argparse.ArgumentError, TypeError) as error:
         raise UsageError(str(error)) from None
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path} makes a {type(model).__name__}, not a torch.nn.Module")
-    return config, model
+    return model
+
+
+def _read(file: str) -> dict[str, Any]:
+    """Return what a checkpoint holds."""
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"checkpoint {file} cannot be read: {error.strerror}") from None
+    except Exception:  # whatever the bytes of a file of another kind lead to
+        raise UsageError(f"checkpoint {file} is no file of tensors that torch.load(weights_only=True) reads") from None
+    if not isinstance(held, dict):
+        raise UsageError(f"checkpoint {file} holds a {type(held).__name__}, not a state dict or a Lightning checkpoint")
+    return held
+
+
+def _saved_arguments(held: dict[str, Any]) -> list[str]:
+    """Return the constructor arguments that a LightningModule saved in its checkpoint, as words of the command line."""
+    words = []
+    for name, value in held.get("hyper_parameters", {}).items():
+        if value is None or isinstance(value, bool | int | float | str | list | dict):
+            words.append(f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return words
+
+
+def _load(model: nn.Module, held: dict[str, Any], file: str) -> None:
+    try:
+        model.load_state_dict(held.get("state_dict", held))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError(f"checkpoint {file} does not hold the weights of {type(model).__name__}: {error}") from None
 
 
 def _inputs(texts: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -152,15 +178,6 @@ def _inputs(texts: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
         else:
             args.append(value)
     return args, kwargs
-
-
-def _load(model: nn.Module, file: str) -> None:
-    """Give a network the weights of a state dict, or of a checkpoint that holds one."""
-    try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        model.load_state_dict(held.get("state_dict", held))
-    except Exception as error:
-        raise UsageError(f"checkpoint {file} does not hold the weights of {type(model).__name__}: {error}") from None
 
 
 def _inspect(path: str, model: nn.Module, args: list[Tensor], kwargs: dict[str, Any]) -> Inspection:
