@@ -91,7 +91,7 @@ def test_table_names_groups_axes_and_reasons(capsys, monkeypatch):
 
 
 def test_a_class_with_inputs_of_other_types_and_by_name(capsys):
-    words = ["--model.width", "6", "--input", "3,4:int64", "--input", "extra=3,4"]
+    words = ["--model.width", "6", "--input", "extra=3,4", "--input", "3,4:int64"]
     (group,) = inspect(capsys, "Reader", *words)["groups"].values()
     assert group["size"] == 6
     assert {(axis["tensor"], axis["dim"]) for axis in group["axes"]} == {
