@@ -26,7 +26,7 @@ from lit_rebasin.symmetry import Group
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "symmetry_coverage.json"
 REPEATS = {"resnet18": 9}
-# check_invariance holds up to four copies of the weights, and with BatchNorm two more in float64.
+# check_invariance holds up to four copies of the weights, and with BatchNorm three more in float64.
 BYTES_OF_A_CHECK = {False: 16, True: 40}
 
 

@@ -19,7 +19,7 @@ from randomised_models import build, example_input, relative_difference, with_ba
 
 PACKAGES = {"sinkhorn": "sinkhorn-rebasin", "snimu": "rebasin"}
 SECONDS = 60
-# The smallest of most families: larger ones have the same operators, and take the peers more than a minute.
+# Small ones of most families: larger ones have the same operators, and take the peers more than a minute.
 MODELS = """
     alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
     mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t
@@ -92,7 +92,7 @@ def run(peer, folder, name):
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return {"failure": f"no result in {SECONDS} s"}
+        return {"failure": f"more than {SECONDS} s"}
     lines = done.stdout.strip().splitlines()
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"failure": done.stderr.strip()[-200:]}
 
