@@ -22,8 +22,8 @@ PEERS = """## Peers
 
 The same question to the packages `sinkhorn-rebasin` and `rebasin` (snimu), on small models of most families, in the environment above
 but with images of 64 x 64 (75 x 75 for inception_v3, 224 x 224 for vit_b_16 and maxvit_t), which makes their work lighter. Each has at most
-{seconds} s a model, of wall clock beside other work. Each draws its own random permutations and applies them to its own copy of the same
-randomised weights; [symmetry_peers.py](../../benchmarks/symmetry_peers.py) is the code.
+{seconds} s a model, of wall clock beside other work: to need more says nothing about being right. Each draws its own random permutations and
+applies them to its own copy of the same randomised weights; [symmetry_peers.py](../../benchmarks/symmetry_peers.py) is the code.
 
 * **Same function**: the relative difference of the outputs, in parentheses, is at most 1e-3. "With batch statistics" repeats it in float64 with
   BatchNorm on the statistics of the batch: snimu's package leaves the running statistics where they are and asks for them to be estimated anew.
