@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
+from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.report import print_accuracy, write_text
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
@@ -34,10 +35,6 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
-
-
-class UsageError(ValueError):
-    """A wrong word on the command line or in the YAML file."""
 
 
 class ContinualCLI(LightningCLI):

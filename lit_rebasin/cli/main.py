@@ -4,19 +4,23 @@ import sys
 from collections.abc import Sequence
 
 from lit_rebasin import __version__
+from lit_rebasin.cli.errors import UsageError
 
 HELP = f"""lit-rebasin {__version__}: continual learning by re-basin
 
 usage: lit-rebasin fit --config FILE.yaml [--method NAME] [--KEY VALUE ...]
        lit-rebasin benchmark --config FILE.yaml [--methods A,B] [--seeds 0,1,2] [--data_dir DIR] [--output_dir DIR] [--KEY VALUE ...]
+       lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]
 
 fit        trains one method over the stream, with TensorBoard logs and checkpoints
 benchmark  runs several methods over several seeds; prints a table, writes results.json, results.md and pictures
+inspect    prints which neurons, channels and heads of a network may be permuted together, what is fixed and why
 
 methods: finetune, replay, average (replay and merging without alignment), rebasin (replay, alignment and merging)
 
 Any key of the YAML file can be overridden, as in --data.n_tasks 10 or --merge.alpha 0.7.
-lit-rebasin fit --help and lit-rebasin benchmark --help explain the keys of most use, --help_all lists every one.
+lit-rebasin fit --help and lit-rebasin benchmark --help explain the keys of most use, --help_all lists every one;
+lit-rebasin inspect --help explains what it reads.
 """
 
 KEYS = """
@@ -65,6 +69,21 @@ Run several methods over several seeds; print a table, write results.json, resul
  --methods A,B               any of finetune, replay, average, rebasin (finetune,replay,rebasin)
  --seeds A,B                 one run a method and seed (0,1,2)
 {KEYS}""",
+    "inspect": """usage: lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]
+
+Find the permutation groups of a network, check them with random permutations, and print their sizes, the axes that each moves, what is
+fixed and why, and the share of the parameters that can move.
+
+ MODEL, or --model PATH      import path of a module's class, of a function that makes one or of a module, such as
+                             torchvision.models.resnet50; files of the current folder are found too
+ --model.NAME VALUE          an argument of that class or function
+ --input SHAPE               shape of an example input, as in 1,3,224,224; several inputs: the option again; 1,16:int64 for another
+                             type than float32 (integers are drawn from 0 and 1); NAME=1,16 for an input by name
+ --checkpoint FILE           take the weights from this state dict or Lightning checkpoint, and the arguments that it has saved
+ --json                      print everything as JSON, the spec in the form that PermutationSpec.from_json reads
+ --figure FILE               draw which group moves which axis, to a .png, .svg or .pdf file
+ --help_all                  list the arguments of MODEL
+""",
 }
 
 
@@ -85,15 +104,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMAND_HELP:
-        return _fail(f"there is no command {words[0]!r}; use {' or '.join(COMMAND_HELP)}", 2)
+        return _fail(f"there is no command {words[0]!r}; use {', '.join(COMMAND_HELP)}", 2)
     if {"-h", "--help"} & set(words):
         print(COMMAND_HELP[words[0]])
         return 0
     words = ["--help" if word == "--help_all" else word for word in words]
-    from lit_rebasin.cli.app import UsageError, run_benchmark, run_fit
-
     try:
-        (run_fit if words[0] == "fit" else run_benchmark)(words[1:])
+        if words[0] == "inspect":
+            from lit_rebasin.cli.inspect import run_inspect as run
+        elif words[0] == "fit":
+            from lit_rebasin.cli.app import run_fit as run
+        else:
+            from lit_rebasin.cli.app import run_benchmark as run
+        run(words[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except SystemExit as ending:  # --help and --print_config end with 0; Lightning turns Ctrl-C into an exit with 1
