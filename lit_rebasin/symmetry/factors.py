@@ -96,7 +96,7 @@ def atoms_of(factors: Iterable[Factor]) -> Iterator[Atom]:
 
 def reason_of(dim: Iterable[Factor]) -> str | None:
     """Return why nothing along a dimension can move, or None if something can."""
-    reason = "a single neuron"
+    reason = "one entry long"
     for atom in atoms_of(resolve(dim)):
         if atom.reason is None:
             return None
