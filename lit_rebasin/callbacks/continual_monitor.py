@@ -76,7 +76,9 @@ class ContinualMonitor(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Close a task whose end was not foreseen, and speak up if it was not measured."""
-        if self._training:
+        if self._training and not epochs_per_task(
+            trainer
+        ):  # in a stream it is cut short, and a resumed fit goes on with it
             self._finish_task()
         self._warn_if_not_measured()
 

@@ -9,9 +9,14 @@ def epochs_per_task(trainer: "pl.Trainer") -> int | None:
 
 
 def task_ends(trainer: "pl.Trainer") -> bool:
-    """Return whether the batch just trained is the last of its task, as far as that can be foreseen."""
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return True
+    """Return whether the batch just trained is the last of its task, as far as that can be foreseen.
+
+    In a stream only epochs end a task: one that ``max_steps`` cuts short is unfinished.
+    """
     every = epochs_per_task(trainer)
     done = trainer.current_epoch + 1
-    return trainer.is_last_batch and (done % every == 0 if every else done == trainer.max_epochs)
+    if every:
+        return trainer.is_last_batch and done % every == 0
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    return trainer.is_last_batch and done == trainer.max_epochs

@@ -1,7 +1,5 @@
 """The configuration behind both commands, and how a run is built from it."""
 
-import logging
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +11,14 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
+from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS
-from lit_rebasin.cli.report import print_accuracy, write_text
+from lit_rebasin.cli.report import write_text
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
 from lit_rebasin.metrics import average_accuracy, forgetting
 
@@ -34,10 +33,6 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
-
-
-class UsageError(ValueError):
-    """A wrong word on the command line or in the YAML file."""
 
 
 class ContinualCLI(LightningCLI):
@@ -59,6 +54,7 @@ class ContinualCLI(LightningCLI):
                     "prog": f"lit-rebasin {command}",
                     "description": "Continual learning by re-basin.",
                     "exit_on_error": False,
+                    "allow_abbrev": False,
                 },
             )
         except (ArgumentError, TypeError) as error:
@@ -78,6 +74,9 @@ class ContinualCLI(LightningCLI):
             "--data_dir", type=str | None, default=None, help="Folder of the data sets; the same as --data.data_dir."
         )
         parser.add_argument("--output_dir", default="runs", help="Where results, logs and checkpoints go.")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Let `benchmark` replace results that are in output_dir already."
+        )
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint from which `fit` goes on.")
         parser.add_argument(
             "--threads", type=int | None, default=None, help="CPU threads; a small network is fastest with 1."
@@ -119,8 +118,6 @@ def build_run(
     config.method = method
     if not chosen.replay:
         config.data.replay_per_class = 0
-    elif config.data.replay_per_class == 0:
-        raise UsageError(f"method {method!r} replays examples, but data.replay_per_class is 0")
     if not chosen.align:
         config.merge.method = "identity"
     if config.data_dir is not None:
@@ -138,9 +135,8 @@ def build_run(
     return Run(trainer, made.model, made.data, monitor)
 
 
-def log_outcome(run: Run) -> None:
+def log_outcome(run: Run, matrix: Tensor) -> None:
     """Put the run's hyper-parameters beside its outcome on TensorBoard's HPARAMS page, which needs both at once."""
-    matrix = run.monitor.matrix
     outcome = {"outcome/average_accuracy": average_accuracy(matrix), "outcome/forgetting": forgetting(matrix)}
     for logger in run.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -187,38 +183,6 @@ def prepare_folder(path: str) -> Path:
     return folder
 
 
-def hush() -> None:
-    """Silence what Lightning and its dependencies say about things that a benchmark does on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-
-
-def run_fit(arguments: Sequence[str]) -> None:
-    """Train one method over the stream, and print the accuracy matrix."""
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    cli = ContinualCLI("fit", arguments)
-    method, seed = cli.config.method, int(cli.config.seed_everything)
-    check_methods([method])
-    set_threads(cli.config.threads)
-    folder = prepare_folder(cli.config.output_dir) / "fit" / method / f"seed_{seed}"
-    saver = ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)
-    run = build_run(cli, method, seed, folder, [saver])
-    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cli.config.ckpt_path)
-    print_accuracy(method, run.monitor.matrix, folder)
-    if len(run.monitor.matrix):
-        log_outcome(run)
-
-
-def run_benchmark(arguments: Sequence[str]) -> None:
-    """Run several methods over several seeds."""
-    from lit_rebasin.cli.benchmark import benchmark
-
-    hush()
-    benchmark(ContinualCLI("benchmark", arguments))
-
-
 def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads, if it is given."""
     if threads is None:
@@ -226,10 +190,3 @@ def set_threads(threads: int | None) -> None:
     if threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     torch.set_num_threads(threads)
-
-
-def check_methods(names: Sequence[str]) -> None:
-    """Raise a `UsageError` for a method that does not exist."""
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise UsageError(f"there is no method {unknown[0] if unknown else ''!r}; choose from {', '.join(METHODS)}")

@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lit_rebasin import __version__
+from lit_rebasin.cli.errors import UsageError
 
 HELP = f"""lit-rebasin {__version__}: continual learning by re-basin
 
@@ -90,26 +92,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(COMMAND_HELP[words[0]])
         return 0
     words = ["--help" if word == "--help_all" else word for word in words]
-    from lit_rebasin.cli.app import UsageError, run_benchmark, run_fit
-
+    here = str(Path.cwd())
+    if here not in sys.path:  # last, so that a user's file shadows no package
+        sys.path.append(here)
     try:
-        (run_fit if words[0] == "fit" else run_benchmark)(words[1:])
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        if words[0] == "fit":
+            from lit_rebasin.cli.fit import run_fit as run
+        else:
+            from lit_rebasin.cli.benchmark import run_benchmark as run
+        run(words[1:])
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", 130, error)
     except SystemExit as ending:  # --help and --print_config end with 0; Lightning turns Ctrl-C into an exit with 1
-        return 0 if not ending.code else _fail("interrupted", 130)
+        return 0 if not ending.code else _fail("interrupted", 130, ending)
     except UsageError as error:
         return _fail(str(error), 2)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, error)
     except Exception as error:
         # Lightning's own complaints about a configuration; anything else is a fault of ours and keeps its traceback.
         if type(error).__name__ != "MisconfigurationException":
             raise
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, error)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"lit-rebasin: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, error: BaseException | None = None) -> int:
+    sentences = [" ".join(part.split()) for part in (message, *getattr(error, "__notes__", []))]
+    print(f"lit-rebasin: error: {'. '.join(part.removesuffix('.') for part in sentences)}", file=sys.stderr)
     return code

@@ -32,8 +32,7 @@ COLUMNS = {
 def results_table(results: dict[str, Any]) -> Table:
     """Return the table of a benchmark: mean and standard deviation over the seeds."""
     n_seeds = len(results["protocol"]["seeds"])
-    title = f"{results['benchmark']}, {results['n_tasks']} tasks, {n_seeds} seed{'s' if n_seeds > 1 else ''}"
-    table = Table("method", title=title)
+    table = Table("method", title=f"{_stream(results)}, {n_seeds} seed{'s' * (n_seeds > 1)}")
     for header in COLUMNS.values():
         table.add_column(header, justify="right")
     for row in _rows(results):
@@ -41,19 +40,25 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def write_report(folder: Path, results: dict[str, Any]) -> None:
-    """Write ``results.json``, ``results.md`` and the two pictures, each complete or not at all."""
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``results.json`` and ``results.md``, each complete or not at all."""
     write_text(folder / "results.json", json.dumps(results, indent=1))
     header = ["method", *COLUMNS.values()]
     lines = [header, ["---"] + ["---:"] * len(COLUMNS), *_rows(results)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     protocol = results["protocol"]
+    missing = f"Not finished: {', '.join(protocol['missing'])}.\n\n" if protocol["missing"] else ""
+    n_threads = protocol["threads"]
     about = (
-        f"{results['benchmark']}, {results['n_tasks']} tasks; mean and standard deviation over seeds "
-        f"{', '.join(map(str, protocol['seeds']))}.\n\nMade by `{protocol['command']}` with "
-        f"{', '.join(f'{name} {number}' for name, number in protocol['versions'].items())}, {protocol['threads']} threads."
+        f"{_stream(results)}; mean and standard deviation over seeds {', '.join(map(str, protocol['seeds']))}.\n\n{missing}"
+        f"Made by `{protocol['command']}` with {', '.join(f'{name} {number}' for name, number in protocol['versions'].items())}, "
+        f"{n_threads} thread{'s' * (n_threads > 1)}."
     )
     write_text(folder / "results.md", f"{about}\n\n{table}\n")
+
+
+def write_pictures(folder: Path, results: dict[str, Any]) -> None:
+    """Write the two pictures, each complete or not at all."""
     matrices = {name: [torch.tensor(m) for m in found["accuracy_matrix"]] for name, found in results["methods"].items()}
     means = {name: torch.stack(found).mean(0) for name, found in matrices.items()}
     write_figure(folder / "accuracy_matrix.png", accuracy_matrices_figure(means))
@@ -91,6 +96,11 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)  # noqa: PTH105, which has no name for an atomic replace
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _stream(results: dict[str, Any]) -> str:
+    n_tasks = results["n_tasks"]
+    return f"{results['benchmark']}, {n_tasks} task{'s' * (n_tasks > 1)}"
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:

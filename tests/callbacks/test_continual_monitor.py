@@ -120,6 +120,15 @@ def test_curves_hold_no_nan_after_a_task_without_a_row(tmp_path):
     assert set(logged) == {(1, "accuracy/task_00"), (1, "accuracy/task_01"), (1, "accuracy/average")}
 
 
+def test_a_task_of_a_stream_that_max_steps_cuts_short_has_no_row(tmp_path):
+    """Two epochs of 6 batches are a task; the fit ends inside the second."""
+    module, monitor = UserModule(), ContinualMonitor()
+    trainer = make_trainer(tmp_path, monitor, max_epochs=4, max_steps=18, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(module, datamodule=TwoTasks())
+    trainer.validate(module, datamodule=TwoTasks(), verbose=False)
+    assert [len(row) for row in monitor.rows] == [2]
+
+
 class StopError(Exception):
     pass
 

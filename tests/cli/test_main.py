@@ -2,7 +2,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_rebasin.cli import main
 from lit_rebasin.metrics import average_accuracy, forgetting
 
-ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / "configs" / "rotated_digits.yaml")
-SMALL = [
-    "--data.n_tasks",
-    "2",
-    "--data.epochs_per_task",
-    "1",
-    "--data.batch_size",
-    "200",
-    "--trainer.log_every_n_steps",
-    "1",
-]
+from .words import CONFIG, ROOT, SMALL
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +144,24 @@ def test_task_incremental_stream_gets_a_head_a_task(tmp_path, fake_mnist):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
+        *[
+            (["--data.epochs_per_task", "2", f"--trainer.{name}", value], f"trainer.{name} .*; leave it out")
+            for name, value in (
+                ("check_val_every_n_epoch", "4"),
+                ("check_val_every_n_epoch", "null"),
+                ("limit_val_batches", "0"),
+                ("val_check_interval", "0.5"),
+                ("max_steps", "3"),
+                ("fast_dev_run", "true"),
+                ("overfit_batches", "1"),
+            )
+        ],
         (["--methods", "rebasin,magic"], "no method 'magic'; choose from finetune, replay, average, rebasin"),
-        (["--methods", ""], "no method"),
+        (["--methods", ""], "no method ''; choose from finetune"),
         (["--seeds", "a,b"], "seeds must be whole numbers"),
         (["--seeds", "1,1"], "seeds must be different"),
         (["--seeds", "-1"], "seeds must be different whole numbers from 0"),
+        (["--seeds", "4294967296"], "seeds must be different whole numbers from 0 to 4294967295"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--merge.alpha", "1.5"], r"alpha is the weight of the previous model and must lie in \[0, 1\], got 1.5"),
         (["--data.replay_per_class", "0"], "replays examples, but data.replay_per_class is 0"),
