@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from typing_extensions import override
 
 from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
 from lit_rebasin.cli.errors import UsageError
@@ -33,6 +35,8 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
+
+FILLED = ("max_epochs", "reload_dataloaders_every_n_epochs", "check_val_every_n_epoch")  # by the stream, unless given
 
 
 class ContinualCLI(LightningCLI):
@@ -59,6 +63,8 @@ class ContinualCLI(LightningCLI):
             )
         except (ArgumentError, TypeError) as error:
             raise UsageError(str(error)) from None
+        except ValueError as error:  # all that is done beside parsing is to seed
+            raise UsageError(f"seed_everything: {error}") from None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a benchmark needs beyond trainer, model and data."""
@@ -89,6 +95,25 @@ class ContinualCLI(LightningCLI):
         """Leave it to `build_run`, which does it once a method and seed."""
 
 
+class MethodRecord(pl.Callback):
+    """Puts method and seed into every checkpoint, and refuses to go on from one of another method or seed."""
+
+    def __init__(self, method: str, seed: int) -> None:
+        self.method, self.seed = method, seed
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"method": self.method, "seed": self.seed}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in self.state_dict().items():
+            if state_dict[name] != value:
+                raise UsageError(
+                    f"the checkpoint is of {name} {state_dict[name]}, not {value}; go on with what it was begun with"
+                )
+
+
 @dataclass(frozen=True)
 class Run:
     """One method with one seed, ready to be fitted."""
@@ -97,6 +122,13 @@ class Run:
     model: ContinualClassifier
     data: ContinualDataModule
     monitor: ContinualMonitor
+    record: MethodRecord
+    config: Namespace  # what the run was built from, defaults filled in
+
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks are to be trained: all of the stream, or the first ones."""
+        return -(-(self.trainer.max_epochs or 0) // self.data.epochs_per_task)  # fast_dev_run ends inside the first
 
 
 def build_run(
@@ -108,7 +140,7 @@ def build_run(
         cli: The parsed configuration.
         method: A name of `METHODS`.
         seed: Of the initial weights, the stream and everything drawn.
-        folder: Where logs go; what the run is, with the versions of the packages, is written there.
+        folder: Where logs go.
         callbacks: Further callbacks.
         **trainer_options: Take the place of the configuration's.
     """
@@ -123,16 +155,25 @@ def build_run(
     if config.data_dir is not None:
         config.data.data_dir = config.data_dir
     pl.seed_everything(seed, verbose=False)
-    made = cli.parser.instantiate_classes(config)
-    options = {**_fill_trainer(made.trainer, made.data), **trainer_options}
-    monitor = ContinualMonitor()
+    made = cli.parser.instantiate(config)
+    config.data.n_tasks, config.data.scenario = made.data.n_tasks, made.data.stream.scenario
+    _fill_trainer(config.trainer, made.data)
+    options = {**vars(made.trainer), **{name: config.trainer[name] for name in FILLED}, **trainer_options}
+    monitor, record = ContinualMonitor(), MethodRecord(method, seed)
     merges = [made.merge] if chosen.merge else []
     logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
-    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, *callbacks]
+    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, *callbacks]
     trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
-    _record(cli, config, folder)
-    logger.log_hyperparams({"method": method, "seed": seed})
-    return Run(trainer, made.model, made.data, monitor)
+    return Run(trainer, made.model, made.data, monitor, record, config)
+
+
+def write_record(cli: ContinualCLI, run: Run, folder: Path) -> None:
+    """Write what is going to run: the configuration, the versions, and the hyper-parameters for the loggers."""
+    text = cli.parser.dump(run.config, skip_validation=True)
+    write_text(folder / "config.yaml", text)
+    write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
+    for logger in run.trainer.loggers:
+        logger.log_hyperparams({**run.record.state_dict(), "model": yaml.safe_load(text)["model"]})
 
 
 def log_outcome(run: Run, matrix: Tensor) -> None:
@@ -144,30 +185,23 @@ def log_outcome(run: Run, matrix: Tensor) -> None:
             logger.finalize("success")
 
 
-def _fill_trainer(options: Namespace, data: ContinualDataModule) -> dict[str, Any]:
+def _fill_trainer(options: Namespace, data: ContinualDataModule) -> None:
     """Fit the Trainer to the stream where the configuration leaves it open."""
-    filled = dict(vars(options))
-    if filled["max_epochs"] is None and filled["max_steps"] == -1:
-        filled["max_epochs"] = data.n_tasks * data.epochs_per_task
-    if filled["reload_dataloaders_every_n_epochs"] == 0:
-        filled["reload_dataloaders_every_n_epochs"] = 1
-    if filled["check_val_every_n_epoch"] == 1:
-        filled["check_val_every_n_epoch"] = data.epochs_per_task
-    return filled
+    if options.max_epochs is None and options.max_steps == -1:
+        options.max_epochs = data.n_tasks * data.epochs_per_task
+    if options.reload_dataloaders_every_n_epochs == 0:
+        options.reload_dataloaders_every_n_epochs = 1
+    if options.check_val_every_n_epoch == 1:
+        options.check_val_every_n_epoch = data.epochs_per_task
 
 
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _record(cli: ContinualCLI, config: Namespace, folder: Path) -> None:
-    write_text(folder / "config.yaml", cli.parser.dump(config, skip_validation=True))
-    write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
-
-
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
-    return {name: version(name) for name in PACKAGES}
+    """Return the versions of Python and the packages that a result depends on."""
+    return {"python": python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def prepare_folder(path: str) -> Path:

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from lit_rebasin.cli.app import ContinualCLI, Run, build_run, log_outcome, prepare_folder, set_threads
+from lit_rebasin.cli.app import ContinualCLI, Run, build_run, log_outcome, prepare_folder, set_threads, write_record
 from lit_rebasin.cli.completeness import check_trainer, complete
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, check_methods
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, make_results
+from lit_rebasin.continual.datamodule import LARGEST_SEED
 
 QUIET = {
     "enable_progress_bar": False,
@@ -24,7 +25,6 @@ QUIET = {
     "enable_checkpointing": False,
     "num_sanity_val_steps": 0,
 }
-LARGEST_SEED = 2**32 - 1  # of NumPy
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:
@@ -57,12 +57,14 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
         with _progress() as progress:
             bar = progress.add_task("starting", total=len(planned))
             for done, (method, seed) in enumerate(planned, start=1):
+                place = folder / method / f"seed_{seed}"
                 watch = _Watch(progress, bar, f"{method} · seed {seed}")
                 started = perf_counter()
-                run = build_run(cli, method, seed, folder / method / f"seed_{seed}", [watch], **QUIET)
-                outcomes.setdefault(method, []).append(_fit(run, watch, started))
+                run = build_run(cli, method, seed, place, [watch], **QUIET)
+                write_record(cli, run, place)
+                outcomes.setdefault(method, []).append(_fit(run, started))
                 missing = [f"{name} seed {number}" for name, number in planned[done:]]
-                results = make_results(cli, run.data.stream.name, seeds, outcomes, missing)
+                results = make_results(cli, run, seeds, outcomes, missing)
                 write_results(folder, results)
     except BaseException as error:
         if results:
@@ -77,23 +79,22 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     return results
 
 
-def _fit(run: Run, watch: "_Watch", started: float) -> Outcome:
-    watch.n_tasks = (run.trainer.max_epochs or 0) // run.data.epochs_per_task
+def _fit(run: Run, started: float) -> Outcome:
     run.trainer.fit(run.model, datamodule=run.data)
     seconds = perf_counter() - started
-    matrix = complete(run.monitor.matrix, watch.n_tasks)
+    matrix = complete(run.monitor.matrix, run.n_tasks)
     log_outcome(run, matrix)
     return Outcome(matrix, seconds)
 
 
-def _methods(given: list[str] | str) -> list[str]:
-    names = given.split(",") if isinstance(given, str) else list(given)
+def _methods(given: list[str] | str | None) -> list[str]:
+    names = given.split(",") if isinstance(given, str) else given or []
     names = list(dict.fromkeys(name.strip() for name in names))
     return sorted(names, key=lambda name: list(METHODS).index(name) if name in METHODS else len(METHODS))
 
 
-def _seeds(given: list[int] | int | str) -> list[int]:
-    words = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+def _seeds(given: list[int] | int | str | None) -> list[int]:
+    words = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given or []
     try:
         seeds = [int(word) for word in words]
     except ValueError:
@@ -120,12 +121,11 @@ class _Watch(pl.Callback):
 
     def __init__(self, progress: Progress, bar: TaskID, title: str) -> None:
         self.progress, self.bar, self.title = progress, bar, title
-        self.n_tasks = 0
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        task = int(trainer.datamodule.task)  # type: ignore[attr-defined]
-        self.progress.update(self.bar, description=f"{self.title} · task {task + 1}/{self.n_tasks}")
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.progress.update(self.bar, description=f"{self.title} · task {data.task + 1}/{data.n_tasks}")
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -1,7 +1,10 @@
 """Entry of the command: answers for help and errors; the work is imported only when there is some."""
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lit_rebasin import __version__
@@ -66,7 +69,15 @@ Run several methods over several seeds; print a table, write results.json, resul
 
  --methods A,B               any of finetune, replay, average, rebasin (finetune,replay,rebasin)
  --seeds A,B                 one run a method and seed (0,1,2)
+ --overwrite                 replace results that are in output_dir already
 {KEYS}""",
+}
+
+
+# Both commands read one YAML file, so each parser knows these keys, but on the command line they would be ignored.
+FOREIGN_OPTIONS = {
+    "fit": {"--methods": "use --method", "--seeds": "use --seed_everything", "--overwrite": "it belongs to benchmark"},
+    "benchmark": {"--method": "use --methods", "--seed_everything": "use --seeds", "--ckpt_path": "it belongs to fit"},
 }
 
 
@@ -96,10 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if here not in sys.path:  # last, so that a user's file shadows no package
         sys.path.append(here)
     try:
-        if words[0] == "fit":
-            from lit_rebasin.cli.fit import run_fit as run
-        else:
-            from lit_rebasin.cli.benchmark import run_benchmark as run
+        _check_words(words[0], words[1:])
+        with _exit_on_interrupt():
+            if words[0] == "fit":
+                from lit_rebasin.cli.fit import run_fit as run
+            else:
+                from lit_rebasin.cli.benchmark import run_benchmark as run
         run(words[1:])
     except KeyboardInterrupt as error:
         return _fail("interrupted", 130, error)
@@ -117,7 +130,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_words(command: str, words: Sequence[str]) -> None:
+    """Refuse what needs no parser to be seen wrong, before the slow imports."""
+    pairs = [(*word.split("=", 1), *words[i + 1 : i + 2], "")[:2] for i, word in enumerate(words)]
+    for option, value in pairs:
+        hint = FOREIGN_OPTIONS.get(command, {}).get(option.removesuffix("+"))
+        if hint:
+            raise UsageError(f"{command} has no option {option}; {hint}")
+        if (
+            option in ("-c", "--config")
+            and Path(value).suffix in (".yaml", ".yml", ".json")
+            and not Path(value).is_file()
+        ):
+            raise UsageError(f"there is no configuration file {value}")
+
+
+@contextmanager
+def _exit_on_interrupt() -> Iterator[None]:
+    """End at once on Ctrl-C, which torch's native code would turn into an abort while it is imported."""
+
+    def leave(*_: object) -> None:
+        os._exit(_fail("interrupted", 130))
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     sentences = [" ".join(part.split()) for part in (message, *getattr(error, "__notes__", []))]
-    print(f"lit-rebasin: error: {'. '.join(part.removesuffix('.') for part in sentences)}", file=sys.stderr)
+    print(f"lit-rebasin: error: {'. '.join(part.removesuffix('.') for part in sentences)}", file=sys.stderr, flush=True)
     return code

@@ -17,6 +17,7 @@ from lit_rebasin.metrics import (
     accuracy_matrices_figure,
     accuracy_matrix_figure,
     accuracy_over_tasks_figure,
+    after_task,
     average_accuracy,
     forgetting,
 )
@@ -65,17 +66,38 @@ def write_pictures(folder: Path, results: dict[str, Any]) -> None:
     write_figure(folder / "accuracy_over_tasks.png", accuracy_over_tasks_figure(matrices))
 
 
-def print_accuracy(method: str, matrix: Tensor, folder: Path) -> None:
-    """Print and draw the accuracy matrix of one fit."""
-    table = Table("trained \\ evaluated", *[str(task) for task in range(len(matrix))], title=f"{method}: accuracy %")
-    for task, row in enumerate(matrix.tolist()):
-        table.add_row(str(task), *[f"{100 * value:.1f}" for value in row])
+def print_accuracy(method: str, matrix: Tensor, n_tasks: int, folder: Path) -> bool:
+    """Print what a fit has learned and kept of each task, and draw the accuracy matrix.
+
+    Args:
+        method: Its name.
+        matrix: What the monitor has measured.
+        n_tasks: Number of tasks that were to be trained.
+        folder: Where the picture goes.
+
+    Returns:
+        Whether every task was trained and measured.
+    """
+    measured = [task for task in range(min(n_tasks, len(matrix))) if not matrix[task, task].isnan()]
+    table = Table("task", title=f"{method}: accuracy %")
+    for header in ("when learned", "at the end", "forgotten", "average so far"):
+        table.add_column(header, justify="right")
+    for task in measured:
+        learned, kept = float(matrix[task, task]), float(matrix[measured[-1], task])
+        average = average_accuracy(after_task(matrix, task))
+        table.add_row(str(task), *[f"{100 * value:.1f}" for value in (learned, kept, learned - kept, average)])
     console = Console(soft_wrap=True)
-    console.print(table)
-    if len(matrix) and not matrix.isnan().any():
-        console.print(f"average accuracy {average_accuracy(matrix):.3f}, forgetting {forgetting(matrix):.3f}")
-        write_figure(folder / "accuracy_matrix.png", accuracy_matrix_figure(matrix))
+    is_complete = len(measured) == n_tasks
+    if measured:
+        console.print(table)
+    if is_complete:
+        square = matrix[:n_tasks, :n_tasks]
+        console.print(f"average accuracy {average_accuracy(square):.3f}, forgetting {forgetting(square):.3f}")
+        write_figure(folder / "accuracy_matrix.png", accuracy_matrix_figure(square))
+    else:
+        console.print(f"The stream ended early, or was not validated: {len(measured)} of {n_tasks} tasks are measured.")
     console.print(f"Logs and checkpoints: {folder}")
+    return is_complete
 
 
 def write_text(path: Path, text: str) -> None:

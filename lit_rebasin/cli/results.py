@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from lit_rebasin.cli.app import ContinualCLI, package_versions
+from lit_rebasin.cli.app import FILLED, ContinualCLI, Run, package_versions
 from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
 
 
@@ -24,7 +24,7 @@ class Outcome:
 
 def make_results(
     cli: ContinualCLI,
-    name: str,
+    run: Run,
     seeds: Sequence[int],
     outcomes: Mapping[str, Sequence[Outcome]],
     missing: Sequence[str],
@@ -33,7 +33,7 @@ def make_results(
 
     Args:
         cli: The parsed configuration.
-        name: Of the benchmark.
+        run: Any of the runs; all have the same stream and Trainer.
         seeds: Those asked for.
         outcomes: By method, one for each of the first seeds.
         missing: The runs that are not finished, in words.
@@ -41,8 +41,10 @@ def make_results(
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
     for key in ("methods", "seeds", "method", "seed_everything", "output_dir", "overwrite", "ckpt_path"):
         config.pop(key, None)
+    config["trainer"] |= {name: run.config.trainer[name] for name in FILLED}
+    config["data"] |= {"n_tasks": run.data.n_tasks, "scenario": run.data.stream.scenario}
     return {
-        "benchmark": name,
+        "benchmark": run.data.stream.name,
         "n_tasks": len(next(iter(outcomes.values()))[0].matrix),
         "protocol": {
             **config,
