@@ -61,7 +61,7 @@ Train one method over the stream, with TensorBoard logs and checkpoints. Default
 
  --method NAME               finetune, replay, average or rebasin (rebasin)
  --seed_everything N         seed of everything drawn (0)
- --ckpt_path FILE            checkpoint from which to go on
+ --ckpt_path FILE            checkpoint from which to go on, or last for the latest of the same run
 {KEYS}""",
     "benchmark": f"""usage: lit-rebasin benchmark --config FILE.yaml [--methods A,B] [--seeds 0,1,2] [--KEY VALUE ...]
 
