@@ -1,5 +1,6 @@
 """The callback that watches what is remembered: the accuracy of every task, after every task."""
 
+from math import isfinite
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,30 +8,36 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lit_rebasin.callbacks.task_end import epochs_per_task, task_ends
 from lit_rebasin.metrics import accuracy_matrix_figure, after_task, average_accuracy, backward_transfer, forgetting
 
 
 class ContinualMonitor(Callback):
     """Fill the accuracy matrix from the validation that closes each task, and log what it says.
 
-    The validation must run over one loader a task, in the order of the stream, and log ``metric`` for each of them. Tags are listed in
-    ``docs/tensorboard.md``; their step is the index of the task. Without loggers only the matrix is kept.
+    The validation must run over one loader a task, in the order of the stream, and log ``metric`` for each of them. A task whose fit ended
+    without one (early stopping) is measured by ``trainer.validate`` with the same callback; a task that is not measured leaves a row of NaN and
+    a warning. Tags are listed in ``docs/tensorboard.md``; their step is the index of the task. Without loggers only the matrix is kept.
 
     Args:
         metric: Name under which ``validation_step`` logs the accuracy.
 
     Attributes:
-        matrix: ``(T, T)``, accuracy on task ``s`` after training task ``t`` at ``[t, s]``; NaN where it is not measured yet.
+        matrix: ``(T, T)``, accuracy on task ``s`` after training task ``t`` at ``[t, s]``; NaN where it is not measured.
+        task: Index of the task that is trained, or was trained last; -1 before the first.
     """
 
     def __init__(self, metric: str = "val_acc") -> None:
         super().__init__()
         self.metric = metric
-        self.rows: list[list[float]] = []
-        self._fresh = False  # whether something was trained since the last row
+        self.rows: list[list[float]] = []  # one a task; empty where it was not measured
+        self.task = -1
+        self._training = False  # whether `task` is not finished yet
+        self._warned_of = -1
 
     @property
     def matrix(self) -> Tensor:
@@ -42,57 +49,86 @@ class ContinualMonitor(Callback):
         return matrix
 
     @override
+    def on_train_batch_start(self, trainer: "pl.Trainer", *args: Any) -> None:
+        """Note which task is trained: that of the epoch in a stream, else one more whenever the last one was finished."""
+        every = epochs_per_task(trainer)
+        task = trainer.current_epoch // every if every else self.task + (not self._training)
+        if task != self.task:
+            self._warn_if_not_measured()
+        elif not self._training and self.rows[task]:
+            self.rows[task] = []  # a task that is trained further is measured again
+        self.task, self._training = task, True
+
+    @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *args: Any) -> None:
-        """Note that there is something new to evaluate."""
-        self._fresh = True
+        """Note the end of a task."""
+        if task_ends(trainer):
+            self._finish_task()
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Take a row of the matrix, if this validation closes a task."""
-        if trainer.sanity_checking or not self._fresh or not self._closes_a_task(trainer):
+        """Take a row of the matrix, if this is the first validation after a task."""
+        if trainer.sanity_checking or self._training or self.task < 0 or self.rows[self.task]:
             return
-        self._fresh = False
-        self.rows.append(self._accuracies(trainer))
+        self.rows[self.task] = self._accuracies(trainer)
         self._report(trainer)
 
     @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Close a task whose end was not foreseen, and speak up if it was not measured."""
+        if self._training and not epochs_per_task(
+            trainer
+        ):  # in a stream it is cut short, and a resumed fit goes on with it
+            self._finish_task()
+        self._warn_if_not_measured()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows of the matrix."""
-        return {"rows": self.rows}
+        """Return the rows of the matrix, and where the stream stands."""
+        return {"rows": self.rows, "task": self.task, "training": self._training}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the rows of a checkpoint."""
+        """Take over what a checkpoint holds."""
         self.rows = [list(row) for row in state_dict["rows"]]
+        self.task, self._training = state_dict["task"], state_dict["training"]
 
-    def _closes_a_task(self, trainer: "pl.Trainer") -> bool:
-        epochs_per_task = getattr(getattr(trainer, "datamodule", None), "epochs_per_task", None)
-        done = trainer.current_epoch + 1
-        at_end = done % epochs_per_task == 0 if epochs_per_task else done == trainer.max_epochs
-        stopped = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-        return stopped or (trainer.is_last_batch and at_end)
+    def _finish_task(self) -> None:
+        self._training = False
+        self.rows += [[] for _ in range(self.task + 1 - len(self.rows))]
+
+    def _warn_if_not_measured(self) -> None:
+        finished = self.task if not self._training else -1
+        if finished <= self._warned_of or self.rows[finished]:
+            return
+        self._warned_of = finished
+        rank_zero_warn(
+            f"Task {finished} ended without a validation, so its row of the accuracy matrix is NaN. Where a fit walks the stream, set "
+            "Trainer(check_val_every_n_epoch) to the datamodule's epochs_per_task or a divisor of it; where a fit is one task, to a divisor of "
+            "max_epochs, or call trainer.validate(model, loaders) after the fit (early stopping leaves no other way)."
+        )
 
     def _accuracies(self, trainer: "pl.Trainer") -> list[float]:
         logged = trainer.callback_metrics
-        names = [self.metric] if self.metric in logged else []
-        while f"{self.metric}/dataloader_idx_{len(names)}" in logged:
-            names.append(f"{self.metric}/dataloader_idx_{len(names)}")
-        if not names:
+        n = len(trainer.num_val_batches)
+        names = [self.metric] if n == 1 else [f"{self.metric}/dataloader_idx_{index}" for index in range(n)]
+        if not all(name in logged for name in names):
             raise MisconfigurationException(
                 f"ContinualMonitor(metric={self.metric!r}) found no such metric in the validation; log it in validation_step, or name one of "
-                f"{sorted(name.split('/dataloader_idx_')[0] for name in logged)}."
+                f"{sorted({name.split('/dataloader_idx_')[0] for name in logged})}."
             )
         return [float(logged[name]) for name in names]
 
     def _report(self, trainer: "pl.Trainer") -> None:
-        task = len(self.rows) - 1
-        seen = after_task(self.matrix, task)
-        numbers = {f"accuracy/task_{s:02d}": float(value) for s, value in enumerate(seen[-1]) if not value.isnan()}
+        seen = after_task(self.matrix, self.task)
+        numbers = {f"accuracy/task_{s:02d}": float(value) for s, value in enumerate(seen[-1])}
         numbers["accuracy/average"] = average_accuracy(seen)
         numbers["accuracy/forgetting"] = forgetting(seen)
         numbers["accuracy/backward_transfer"] = backward_transfer(seen)
+        numbers = {name: value for name, value in numbers.items() if isfinite(value)}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=task)
+            logger.log_metrics(numbers, step=self.task)
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("accuracy/matrix", accuracy_matrix_figure(self.matrix), global_step=task)
+                figure = accuracy_matrix_figure(self.matrix)
+                logger.experiment.add_figure("accuracy/matrix", figure, global_step=self.task)
             logger.save()

@@ -16,6 +16,7 @@ from lit_rebasin.callbacks.merge import MergeSettings, merge_task
 from lit_rebasin.callbacks.report import log_merge, log_settings
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, named_tensors
 from lit_rebasin.callbacks.step_spec import step_spec
+from lit_rebasin.callbacks.task_end import epochs_per_task, task_ends
 from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
 from lit_rebasin.symmetry import PermutationSpec, join
 
@@ -142,13 +143,13 @@ class RebasinMerge(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Merge after the last batch of a task, so that the validation and the checkpoints that follow see the merged model."""
-        if _task_ends(trainer):
+        if task_ends(trainer):
             self._finish_task(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Merge if the fit was stopped before its last batch could be foreseen, and save that model over the last checkpoint."""
-        if self._pending and _epochs_per_task(trainer):
+        if self._pending and epochs_per_task(trainer):
             rank_zero_warn(
                 f"The fit ended in the middle of task {self.n_tasks}, which is not merged: resume it to go on."
             )
@@ -276,21 +277,6 @@ def write_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             tensor.copy_(weights[name])
-
-
-def _task_ends(trainer: "pl.Trainer") -> bool:
-    """Return whether the batch just trained is the last of its task."""
-    epochs_per_task = _epochs_per_task(trainer)
-    if epochs_per_task:
-        return trainer.is_last_batch and (trainer.current_epoch + 1) % epochs_per_task == 0
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return True
-    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-
-
-def _epochs_per_task(trainer: "pl.Trainer") -> int | None:
-    """Return the length of a task, if one fit walks a stream of them."""
-    return getattr(getattr(trainer, "datamodule", None), "epochs_per_task", None)
 
 
 def _rewrite_last_checkpoints(trainer: "pl.Trainer") -> None:

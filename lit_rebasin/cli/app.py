@@ -1,26 +1,26 @@
 """The configuration behind both commands, and how a run is built from it."""
 
-import logging
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from typing_extensions import override
 
 from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS
-from lit_rebasin.cli.report import print_accuracy, write_text
+from lit_rebasin.cli.report import write_text
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
 from lit_rebasin.metrics import average_accuracy, forgetting
 
@@ -35,6 +35,8 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
+
+FILLED = ("max_epochs", "reload_dataloaders_every_n_epochs", "check_val_every_n_epoch")  # by the stream, unless given
 
 
 class ContinualCLI(LightningCLI):
@@ -56,10 +58,13 @@ class ContinualCLI(LightningCLI):
                     "prog": f"lit-rebasin {command}",
                     "description": "Continual learning by re-basin.",
                     "exit_on_error": False,
+                    "allow_abbrev": False,
                 },
             )
         except (ArgumentError, TypeError) as error:
             raise UsageError(str(error)) from None
+        except ValueError as error:  # all that is done beside parsing is to seed
+            raise UsageError(f"seed_everything: {error}") from None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a benchmark needs beyond trainer, model and data."""
@@ -75,6 +80,9 @@ class ContinualCLI(LightningCLI):
             "--data_dir", type=str | None, default=None, help="Folder of the data sets; the same as --data.data_dir."
         )
         parser.add_argument("--output_dir", default="runs", help="Where results, logs and checkpoints go.")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Let `benchmark` replace results that are in output_dir already."
+        )
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint from which `fit` goes on.")
         parser.add_argument(
             "--threads", type=int | None, default=None, help="CPU threads; a small network is fastest with 1."
@@ -87,6 +95,25 @@ class ContinualCLI(LightningCLI):
         """Leave it to `build_run`, which does it once a method and seed."""
 
 
+class MethodRecord(pl.Callback):
+    """Puts method and seed into every checkpoint, and refuses to go on from one of another method or seed."""
+
+    def __init__(self, method: str, seed: int) -> None:
+        self.method, self.seed = method, seed
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"method": self.method, "seed": self.seed}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in self.state_dict().items():
+            if state_dict[name] != value:
+                raise UsageError(
+                    f"the checkpoint is of {name} {state_dict[name]}, not {value}; go on with what it was begun with"
+                )
+
+
 @dataclass(frozen=True)
 class Run:
     """One method with one seed, ready to be fitted."""
@@ -95,6 +122,13 @@ class Run:
     model: ContinualClassifier
     data: ContinualDataModule
     monitor: ContinualMonitor
+    record: MethodRecord
+    config: Namespace  # what the run was built from, defaults filled in
+
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks are to be trained: all of the stream, or the first ones."""
+        return -(-(self.trainer.max_epochs or 0) // self.data.epochs_per_task)  # fast_dev_run ends inside the first
 
 
 def build_run(
@@ -106,7 +140,7 @@ def build_run(
         cli: The parsed configuration.
         method: A name of `METHODS`.
         seed: Of the initial weights, the stream and everything drawn.
-        folder: Where logs go; what the run is, with the versions of the packages, is written there.
+        folder: Where logs go.
         callbacks: Further callbacks.
         **trainer_options: Take the place of the configuration's.
     """
@@ -116,28 +150,34 @@ def build_run(
     config.method = method
     if not chosen.replay:
         config.data.replay_per_class = 0
-    elif config.data.replay_per_class == 0:
-        raise UsageError(f"method {method!r} replays examples, but data.replay_per_class is 0")
     if not chosen.align:
         config.merge.method = "identity"
     if config.data_dir is not None:
         config.data.data_dir = config.data_dir
     pl.seed_everything(seed, verbose=False)
-    made = cli.parser.instantiate_classes(config)
-    options = {**_fill_trainer(made.trainer, made.data), **trainer_options}
-    monitor = ContinualMonitor()
+    made = cli.parser.instantiate(config)
+    config.data.n_tasks, config.data.scenario = made.data.n_tasks, made.data.stream.scenario
+    _fill_trainer(config.trainer, made.data)
+    options = {**vars(made.trainer), **{name: config.trainer[name] for name in FILLED}, **trainer_options}
+    monitor, record = ContinualMonitor(), MethodRecord(method, seed)
     merges = [made.merge] if chosen.merge else []
     logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
-    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, *callbacks]
+    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, *callbacks]
     trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
-    _record(cli, config, folder)
-    logger.log_hyperparams({"method": method, "seed": seed})
-    return Run(trainer, made.model, made.data, monitor)
+    return Run(trainer, made.model, made.data, monitor, record, config)
 
 
-def log_outcome(run: Run) -> None:
+def write_record(cli: ContinualCLI, run: Run, folder: Path) -> None:
+    """Write what is going to run: the configuration, the versions, and the hyper-parameters for the loggers."""
+    text = cli.parser.dump(run.config, skip_validation=True)
+    write_text(folder / "config.yaml", text)
+    write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
+    for logger in run.trainer.loggers:
+        logger.log_hyperparams({**run.record.state_dict(), "model": yaml.safe_load(text)["model"]})
+
+
+def log_outcome(run: Run, matrix: Tensor) -> None:
     """Put the run's hyper-parameters beside its outcome on TensorBoard's HPARAMS page, which needs both at once."""
-    matrix = run.monitor.matrix
     outcome = {"outcome/average_accuracy": average_accuracy(matrix), "outcome/forgetting": forgetting(matrix)}
     for logger in run.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -145,30 +185,23 @@ def log_outcome(run: Run) -> None:
             logger.finalize("success")
 
 
-def _fill_trainer(options: Namespace, data: ContinualDataModule) -> dict[str, Any]:
+def _fill_trainer(options: Namespace, data: ContinualDataModule) -> None:
     """Fit the Trainer to the stream where the configuration leaves it open."""
-    filled = dict(vars(options))
-    if filled["max_epochs"] is None and filled["max_steps"] == -1:
-        filled["max_epochs"] = data.n_tasks * data.epochs_per_task
-    if filled["reload_dataloaders_every_n_epochs"] == 0:
-        filled["reload_dataloaders_every_n_epochs"] = 1
-    if filled["check_val_every_n_epoch"] == 1:
-        filled["check_val_every_n_epoch"] = data.epochs_per_task
-    return filled
+    if options.max_epochs is None and options.max_steps == -1:
+        options.max_epochs = data.n_tasks * data.epochs_per_task
+    if options.reload_dataloaders_every_n_epochs == 0:
+        options.reload_dataloaders_every_n_epochs = 1
+    if options.check_val_every_n_epoch == 1:
+        options.check_val_every_n_epoch = data.epochs_per_task
 
 
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _record(cli: ContinualCLI, config: Namespace, folder: Path) -> None:
-    write_text(folder / "config.yaml", cli.parser.dump(config, skip_validation=True))
-    write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
-
-
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
-    return {name: version(name) for name in PACKAGES}
+    """Return the versions of Python and the packages that a result depends on."""
+    return {"python": python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def prepare_folder(path: str) -> Path:
@@ -184,38 +217,6 @@ def prepare_folder(path: str) -> Path:
     return folder
 
 
-def hush() -> None:
-    """Silence what Lightning and its dependencies say about things that a benchmark does on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-
-
-def run_fit(arguments: Sequence[str]) -> None:
-    """Train one method over the stream, and print the accuracy matrix."""
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    cli = ContinualCLI("fit", arguments)
-    method, seed = cli.config.method, int(cli.config.seed_everything)
-    check_methods([method])
-    set_threads(cli.config.threads)
-    folder = prepare_folder(cli.config.output_dir) / "fit" / method / f"seed_{seed}"
-    saver = ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)
-    run = build_run(cli, method, seed, folder, [saver])
-    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=cli.config.ckpt_path)
-    print_accuracy(method, run.monitor.matrix, folder)
-    if len(run.monitor.matrix):
-        log_outcome(run)
-
-
-def run_benchmark(arguments: Sequence[str]) -> None:
-    """Run several methods over several seeds."""
-    from lit_rebasin.cli.benchmark import benchmark
-
-    hush()
-    benchmark(ContinualCLI("benchmark", arguments))
-
-
 def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads, if it is given."""
     if threads is None:
@@ -223,10 +224,3 @@ def set_threads(threads: int | None) -> None:
     if threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     torch.set_num_threads(threads)
-
-
-def check_methods(names: Sequence[str]) -> None:
-    """Raise a `UsageError` for a method that does not exist."""
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise UsageError(f"there is no method {unknown[0] if unknown else ''!r}; choose from {', '.join(METHODS)}")

@@ -1,7 +1,11 @@
 """Entry of the command: answers for help and errors; the work is imported only when there is some."""
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from lit_rebasin import __version__
 from lit_rebasin.cli.errors import UsageError
@@ -60,7 +64,7 @@ Train one method over the stream, with TensorBoard logs and checkpoints. Default
 
  --method NAME               finetune, replay, average or rebasin (rebasin)
  --seed_everything N         seed of everything drawn (0)
- --ckpt_path FILE            checkpoint from which to go on
+ --ckpt_path FILE            checkpoint from which to go on, or last for the latest of the same run
 {KEYS}""",
     "benchmark": f"""usage: lit-rebasin benchmark --config FILE.yaml [--methods A,B] [--seeds 0,1,2] [--KEY VALUE ...]
 
@@ -68,6 +72,7 @@ Run several methods over several seeds; print a table, write results.json, resul
 
  --methods A,B               any of finetune, replay, average, rebasin (finetune,replay,rebasin)
  --seeds A,B                 one run a method and seed (0,1,2)
+ --overwrite                 replace results that are in output_dir already
 {KEYS}""",
     "inspect": """usage: lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]
 
@@ -84,6 +89,13 @@ fixed and why, and the share of the parameters that can move.
  --figure FILE               draw which group moves which axis, to a .png, .svg or .pdf file
  --help_all                  list the arguments of MODEL
 """,
+}
+
+
+# Both commands read one YAML file, so each parser knows these keys, but on the command line they would be ignored.
+FOREIGN_OPTIONS = {
+    "fit": {"--methods": "use --method", "--seeds": "use --seed_everything", "--overwrite": "it belongs to benchmark"},
+    "benchmark": {"--method": "use --methods", "--seed_everything": "use --seeds", "--ckpt_path": "it belongs to fit"},
 }
 
 
@@ -109,30 +121,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(COMMAND_HELP[words[0]])
         return 0
     words = ["--help" if word == "--help_all" else word for word in words]
+    here = str(Path.cwd())
+    if here not in sys.path:  # last, so that a user's file shadows no package
+        sys.path.append(here)
     try:
-        if words[0] == "inspect":
-            from lit_rebasin.cli.inspect import run_inspect as run
-        elif words[0] == "fit":
-            from lit_rebasin.cli.app import run_fit as run
-        else:
-            from lit_rebasin.cli.app import run_benchmark as run
+        _check_words(words[0], words[1:])
+        with _exit_on_interrupt():
+            if words[0] == "inspect":
+                from lit_rebasin.cli.inspect import run_inspect as run
+            elif words[0] == "fit":
+                from lit_rebasin.cli.fit import run_fit as run
+            else:
+                from lit_rebasin.cli.benchmark import run_benchmark as run
         run(words[1:])
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", 130, error)
     except SystemExit as ending:  # --help and --print_config end with 0; Lightning turns Ctrl-C into an exit with 1
-        return 0 if not ending.code else _fail("interrupted", 130)
+        if words[0] == "inspect":  # its reader, such as head, has closed the pipe
+            return int(ending.code or 0)
+        return 0 if not ending.code else _fail("interrupted", 130, ending)
     except UsageError as error:
         return _fail(str(error), 2)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, error)
     except Exception as error:
         # Lightning's own complaints about a configuration; anything else is a fault of ours and keeps its traceback.
         if type(error).__name__ != "MisconfigurationException":
             raise
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, error)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"lit-rebasin: error: {' '.join(message.split())}", file=sys.stderr)
+def _check_words(command: str, words: Sequence[str]) -> None:
+    """Refuse what needs no parser to be seen wrong, before the slow imports."""
+    pairs = [(*word.split("=", 1), *words[i + 1 : i + 2], "")[:2] for i, word in enumerate(words)]
+    for option, value in pairs:
+        hint = FOREIGN_OPTIONS.get(command, {}).get(option.removesuffix("+"))
+        if hint:
+            raise UsageError(f"{command} has no option {option}; {hint}")
+        if (
+            option in ("-c", "--config")
+            and Path(value).suffix in (".yaml", ".yml", ".json")
+            and not Path(value).is_file()
+        ):
+            raise UsageError(f"there is no configuration file {value}")
+
+
+@contextmanager
+def _exit_on_interrupt() -> Iterator[None]:
+    """End at once on Ctrl-C, which torch's native code would turn into an abort while it is imported."""
+
+    def leave(*_: object) -> None:
+        os._exit(_fail("interrupted", 130))
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> int:
+    sentences = [" ".join(part.split()) for part in (message, *getattr(error, "__notes__", []))]
+    print(f"lit-rebasin: error: {'. '.join(part.removesuffix('.') for part in sentences)}", file=sys.stderr, flush=True)
     return code

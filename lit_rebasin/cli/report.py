@@ -17,6 +17,7 @@ from lit_rebasin.metrics import (
     accuracy_matrices_figure,
     accuracy_matrix_figure,
     accuracy_over_tasks_figure,
+    after_task,
     average_accuracy,
     forgetting,
 )
@@ -32,8 +33,7 @@ COLUMNS = {
 def results_table(results: dict[str, Any]) -> Table:
     """Return the table of a benchmark: mean and standard deviation over the seeds."""
     n_seeds = len(results["protocol"]["seeds"])
-    title = f"{results['benchmark']}, {results['n_tasks']} tasks, {n_seeds} seed{'s' if n_seeds > 1 else ''}"
-    table = Table("method", title=title)
+    table = Table("method", title=f"{_stream(results)}, {n_seeds} seed{'s' * (n_seeds > 1)}")
     for header in COLUMNS.values():
         table.add_column(header, justify="right")
     for row in _rows(results):
@@ -41,36 +41,63 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def write_report(folder: Path, results: dict[str, Any]) -> None:
-    """Write ``results.json``, ``results.md`` and the two pictures, each complete or not at all."""
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``results.json`` and ``results.md``, each complete or not at all."""
     write_text(folder / "results.json", json.dumps(results, indent=1))
     header = ["method", *COLUMNS.values()]
     lines = [header, ["---"] + ["---:"] * len(COLUMNS), *_rows(results)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     protocol = results["protocol"]
+    missing = f"Not finished: {', '.join(protocol['missing'])}.\n\n" if protocol["missing"] else ""
+    n_threads = protocol["threads"]
     about = (
-        f"{results['benchmark']}, {results['n_tasks']} tasks; mean and standard deviation over seeds "
-        f"{', '.join(map(str, protocol['seeds']))}.\n\nMade by `{protocol['command']}` with "
-        f"{', '.join(f'{name} {number}' for name, number in protocol['versions'].items())}, {protocol['threads']} threads."
+        f"{_stream(results)}; mean and standard deviation over seeds {', '.join(map(str, protocol['seeds']))}.\n\n{missing}"
+        f"Made by `{protocol['command']}` with {', '.join(f'{name} {number}' for name, number in protocol['versions'].items())}, "
+        f"{n_threads} thread{'s' * (n_threads > 1)}."
     )
     write_text(folder / "results.md", f"{about}\n\n{table}\n")
+
+
+def write_pictures(folder: Path, results: dict[str, Any]) -> None:
+    """Write the two pictures, each complete or not at all."""
     matrices = {name: [torch.tensor(m) for m in found["accuracy_matrix"]] for name, found in results["methods"].items()}
     means = {name: torch.stack(found).mean(0) for name, found in matrices.items()}
     write_figure(folder / "accuracy_matrix.png", accuracy_matrices_figure(means))
     write_figure(folder / "accuracy_over_tasks.png", accuracy_over_tasks_figure(matrices))
 
 
-def print_accuracy(method: str, matrix: Tensor, folder: Path) -> None:
-    """Print and draw the accuracy matrix of one fit."""
-    table = Table("trained \\ evaluated", *[str(task) for task in range(len(matrix))], title=f"{method}: accuracy %")
-    for task, row in enumerate(matrix.tolist()):
-        table.add_row(str(task), *[f"{100 * value:.1f}" for value in row])
+def print_accuracy(method: str, matrix: Tensor, n_tasks: int, folder: Path) -> bool:
+    """Print what a fit has learned and kept of each task, and draw the accuracy matrix.
+
+    Args:
+        method: Its name.
+        matrix: What the monitor has measured.
+        n_tasks: Number of tasks that were to be trained.
+        folder: Where the picture goes.
+
+    Returns:
+        Whether every task was trained and measured.
+    """
+    measured = [task for task in range(min(n_tasks, len(matrix))) if not matrix[task, task].isnan()]
+    table = Table("task", title=f"{method}: accuracy %")
+    for header in ("when learned", "at the end", "forgotten", "average so far"):
+        table.add_column(header, justify="right")
+    for task in measured:
+        learned, kept = float(matrix[task, task]), float(matrix[measured[-1], task])
+        average = average_accuracy(after_task(matrix, task))
+        table.add_row(str(task), *[f"{100 * value:.1f}" for value in (learned, kept, learned - kept, average)])
     console = Console(soft_wrap=True)
-    console.print(table)
-    if len(matrix) and not matrix.isnan().any():
-        console.print(f"average accuracy {average_accuracy(matrix):.3f}, forgetting {forgetting(matrix):.3f}")
-        write_figure(folder / "accuracy_matrix.png", accuracy_matrix_figure(matrix))
+    is_complete = len(measured) == n_tasks
+    if measured:
+        console.print(table)
+    if is_complete:
+        square = matrix[:n_tasks, :n_tasks]
+        console.print(f"average accuracy {average_accuracy(square):.3f}, forgetting {forgetting(square):.3f}")
+        write_figure(folder / "accuracy_matrix.png", accuracy_matrix_figure(square))
+    else:
+        console.print(f"The stream ended early, or was not validated: {len(measured)} of {n_tasks} tasks are measured.")
     console.print(f"Logs and checkpoints: {folder}")
+    return is_complete
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,6 +118,11 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)  # noqa: PTH105, which has no name for an atomic replace
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _stream(results: dict[str, Any]) -> str:
+    n_tasks = results["n_tasks"]
+    return f"{results['benchmark']}, {n_tasks} task{'s' * (n_tasks > 1)}"
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:

@@ -55,7 +55,7 @@ class ContinualClassifier(LightningModule):
         """Return the logits ``(B, n_classes)`` of images ``x``; ``task`` (B,) picks the head of each where there are several."""
         features = self.backbone(x)
         if len(self.heads) == 0:
-            return features
+            return self._logits(features)
         if len(self.heads) == 1:
             return self.heads[0](features)
         if task is None:
@@ -71,6 +71,15 @@ class ContinualClassifier(LightningModule):
             chosen = task == t
             logits[chosen] = self.heads[t](features[chosen]).to(logits.dtype)
         return logits
+
+    def _logits(self, output: Tensor) -> Tensor:
+        n_classes = int(self.hparams["n_classes"])
+        if output.ndim != 2 or output.shape[1] != n_classes:
+            raise ValueError(
+                f"The backbone {type(self.backbone).__name__} returns outputs of shape {tuple(output.shape)}, but the stream has n_classes="
+                f"{n_classes}: let it return one output a class, or pass n_features=<width of its output> to have a head put on it."
+            )
+        return output
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch ``(x, y, task)``."""

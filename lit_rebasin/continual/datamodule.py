@@ -1,20 +1,22 @@
 """A stream of tasks as a LightningDataModule."""
 
-from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lit_rebasin.continual.batches import Examples, MixedBatches, MixedExamples
 from lit_rebasin.continual.replay import choose_replay
 from lit_rebasin.continual.streams import Stream, make_stream
 
-Examples = tuple[Tensor, Tensor, Tensor]  # images, labels, task indices
 EVALUATION_BATCH = 2048
+LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
 
 
 class ContinualDataModule(LightningDataModule):
@@ -65,12 +67,16 @@ class ContinualDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         for name, value, least in (
+            ("n_tasks", 1 if n_tasks is None else n_tasks, 1),
             ("epochs_per_task", epochs_per_task, 1),
             ("batch_size", batch_size, 1),
             ("replay_per_class", replay_per_class, 0),
+            ("seed", seed, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        if seed > LARGEST_SEED:
+            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {seed}.")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}.")
         self.save_hyperparameters()
@@ -114,11 +120,21 @@ class ContinualDataModule(LightningDataModule):
         self._trained_task = None
         trainer: Any = self.trainer  # some of what it sets in its constructor is not declared
         max_epochs, every = trainer.max_epochs, trainer.reload_dataloaders_every_n_epochs
+        if trainer.overfit_batches:
+            raise MisconfigurationException(
+                "Trainer(overfit_batches) would replace the replay of this datamodule by batches of its own: "
+                "use limit_train_batches for a short trial."
+            )
         if trainer.fast_dev_run or max_epochs is None:
             return
+        if max_epochs == -1 and trainer.max_steps != -1:
+            raise MisconfigurationException(
+                f"Trainer(max_steps={trainer.max_steps}) does not say how many tasks to train, because a task lasts epochs_per_task epochs: "
+                f"pass max_epochs={self.n_tasks * self.epochs_per_task} for the whole stream, or a smaller multiple of epochs_per_task."
+            )
         if max_epochs % self.epochs_per_task or not 0 < max_epochs <= self.n_tasks * self.epochs_per_task:
             raise MisconfigurationException(
-                f"Trainer(max_epochs={max_epochs}) does not fit epochs_per_task={self.epochs_per_task} and {self.n_tasks} tasks: "
+                f"Trainer(max_epochs={max_epochs}) does not fit epochs_per_task={self.epochs_per_task} and n_tasks={self.n_tasks}: "
                 f"pass max_epochs={self.n_tasks * self.epochs_per_task} for the whole stream, or a smaller multiple of epochs_per_task."
             )
         if max_epochs > self.epochs_per_task and (every == 0 or self.epochs_per_task % every):
@@ -153,13 +169,38 @@ class ContinualDataModule(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the index of the task being trained."""
-        return {"task": self.task}
+        """Return the index of the task being trained, and which stream it is of."""
+        return {"task": self.task, "stream": self._identity()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember which task was trained last, so that a resumed fit knows whether the next one is new."""
+        """Remember which task was trained last, so that a resumed fit knows whether the next one is new.
+
+        Raises:
+            MisconfigurationException: If the checkpoint is of another stream.
+        """
+        trainer: Any = self.trainer
+        if trainer is not None and trainer.state.fn is not None and trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, value in self._identity().items():
+            begun = state_dict["stream"][name]
+            if begun != value:
+                raise MisconfigurationException(
+                    f"The checkpoint is of a stream with {name}={begun!r}, not {value!r}: go on with what it was begun with."
+                )
         self._trained_task = state_dict["task"]
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what a fit that is resumed must have in common with the one before."""
+        return {
+            "benchmark": self.stream.name,
+            "scenario": self.stream.scenario,
+            "n_tasks": self.n_tasks,
+            "epochs_per_task": self.epochs_per_task,
+            "replay_per_class": self.replay_per_class,
+            "validation_fraction": self.validation_fraction,
+            "seed": self.seed,
+        }
 
     def _epoch(self) -> int:
         # Where a fit resumes, Lightning reads loaders before `current_epoch` catches up with the epochs that are done.
@@ -218,44 +259,3 @@ class ContinualDataModule(LightningDataModule):
                 loaders.append(DataLoader(MixedExamples(data, None), sampler=batches, batch_size=None))
             self._evaluation[held_back] = loaders
         return self._evaluation[held_back]
-
-
-class MixedExamples(Dataset):
-    """New and replayed examples as whole tensors; an item is a batch, cut by the indices into either."""
-
-    def __init__(self, new: Examples, replayed: Examples | None) -> None:
-        self.new = new
-        self.replayed = replayed
-
-    def __getitem__(self, index: tuple[Tensor, Tensor | None]) -> Examples:
-        """Return the batch ``(x, y, task)`` of new examples, followed by replayed ones."""
-        fresh, replay = index
-        x, y, task = (tensor[fresh] for tensor in self.new)
-        if replay is None or self.replayed is None:
-            return x, y, task
-        old = [tensor[replay] for tensor in self.replayed]
-        return torch.cat([x, old[0]]), torch.cat([y, old[1]]), torch.cat([task, old[2]])
-
-
-class MixedBatches(Sampler):
-    """Indices of whole batches: a shuffle of the new examples, and shuffles of the buffer one after another beside it.
-
-    The order depends on the seed and the epoch alone, however often it is iterated.
-    """
-
-    def __init__(self, n_new: int, n_replay: int, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.n_new, self.n_replay, self.batch_size, self.seed, self.epoch = n_new, n_replay, batch_size, seed, epoch
-
-    def __len__(self) -> int:
-        return -(-self.n_new // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch())
-        order = torch.randperm(self.n_new, generator=generator)
-        replay: Tensor | None = None
-        if self.n_replay:
-            rounds = -(-self.n_new // self.n_replay)
-            replay = torch.cat([torch.randperm(self.n_replay, generator=generator) for _ in range(rounds)])
-        for start in range(0, self.n_new, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            yield chosen, None if replay is None else replay[start : start + len(chosen)]

@@ -95,7 +95,7 @@ def load_npz(path: str | None) -> Arrays:
             missing = [key for key in keys if key not in file]
             if missing:
                 raise ValueError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(file.files)}.")
-            found = {key: file[key] for key in keys}
+            found = {key: _numbers(file, key, path) for key in keys}
     except (zipfile.BadZipFile, EOFError, OSError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a readable .npz: {error}") from None
     images = {part: _images(found[f"x_{part}"], f"x_{part}", path) for part in ("train", "test")}
@@ -105,6 +105,11 @@ def load_npz(path: str | None) -> Arrays:
             raise ValueError(
                 f"{path}: x_{part} has {len(images[part])} examples and y_{part} {len(labels[part])}; they must be equal, above 0."
             )
+    if images["train"].dtype != images["test"].dtype:
+        raise ValueError(
+            f"{path}: x_train is {found['x_train'].dtype} and x_test {found['x_test'].dtype}, but uint8 is scaled from 0..255 to 0..1 and "
+            "floating point is not; save both alike."
+        )
     if images["train"].shape[1:] != images["test"].shape[1:]:
         raise ValueError(f"{path}: x_train and x_test hold images of different shapes.")
     if labels["test"].max() > labels["train"].max():
@@ -112,6 +117,13 @@ def load_npz(path: str | None) -> Arrays:
             f"{path}: y_test holds class {int(labels['test'].max())}, beyond the largest of y_train, {int(labels['train'].max())}."
         )
     return Arrays(images["train"], labels["train"], images["test"], labels["test"])
+
+
+def _numbers(file: np.lib.npyio.NpzFile, key: str, path: str) -> np.ndarray:
+    try:
+        return file[key]
+    except ValueError:  # NumPy would have to unpickle it
+        raise ValueError(f"{path}: {key} is an array of Python objects; save it as one array of numbers.") from None
 
 
 def _images(x: np.ndarray, key: str, path: str) -> Tensor:
@@ -123,6 +135,8 @@ def _images(x: np.ndarray, key: str, path: str) -> Tensor:
         raise ValueError(
             f"{path}: {key} must be images (N, H, W), (N, H, W, C) or (N, C, H, W) in uint8 or floating point, got {x.dtype} {x.shape}."
         )
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: {key} holds NaN or infinity; replace or drop those images.")
     images = torch.from_numpy(np.ascontiguousarray(x))
     return images if x.dtype == np.uint8 else images.float()
 

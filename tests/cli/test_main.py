@@ -1,8 +1,9 @@
 import json
 import re
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
@@ -12,18 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_rebasin.cli import main
 from lit_rebasin.metrics import average_accuracy, forgetting
 
-ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / "configs" / "rotated_digits.yaml")
-SMALL = [
-    "--data.n_tasks",
-    "2",
-    "--data.epochs_per_task",
-    "1",
-    "--data.batch_size",
-    "200",
-    "--trainer.log_every_n_steps",
-    "1",
-]
+from .words import CONFIG, ROOT, SMALL
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +31,9 @@ def test_results_have_the_documented_form(output):
     assert results["n_tasks"] == 2
     assert results["protocol"]["seeds"] == [3, 4]
     assert results["protocol"]["data"]["replay_per_class"] == 1
+    assert results["protocol"]["data"]["scenario"] == "domain"
+    assert results["protocol"]["trainer"]["max_epochs"] == 2
+    assert results["protocol"]["missing"] == []
     assert {"torch", "lightning", "lit-rebasin"} <= set(results["protocol"]["versions"])
     assert list(results["methods"]) == ["finetune", "rebasin"]
     for found in results["methods"].values():
@@ -68,6 +61,10 @@ def test_a_run_says_what_it_ran(output):
     folder = output / "rebasin" / "seed_4"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["method"] == "rebasin"
+    assert config["trainer"]["max_epochs"] == 2
+    hparams = yaml.safe_load((folder / "tensorboard" / "version_0" / "hparams.yaml").read_text())
+    assert (hparams["method"], hparams["seed"]) == ("rebasin", 4)
+    assert hparams["model"]["optimizer"]["init_args"]["lr"] == 0.001
     assert config["seed_everything"] == config["data"]["seed"] == config["merge"]["seed"] == 4
     assert yaml.safe_load((folder / "versions.yaml").read_text())["torch"] == torch.__version__.split("+")[0]
     assert yaml.safe_load((output / "finetune" / "seed_3" / "config.yaml").read_text())["data"]["replay_per_class"] == 0
@@ -114,27 +111,7 @@ def test_same_seed_same_result(output, tmp_path):
     assert again["accuracy_matrix"][0] == first["accuracy_matrix"][0]
 
 
-def test_fit_trains_one_method_and_saves_the_merged_model(tmp_path, capsys):
-    words = [
-        "--trainer.enable_progress_bar",
-        "false",
-        "--trainer.enable_model_summary",
-        "false",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert main(["fit", "--config", CONFIG, *SMALL, *words, "--merge.alpha", "0.5"]) == 0
-    assert "average accuracy" in capsys.readouterr().out
-    folder = tmp_path / "fit" / "rebasin" / "seed_0"
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    state = checkpoint["callbacks"]["RebasinMerge"]
-    assert state["n_tasks"] == 2
-    assert state["history"][0]["alpha"] == 0.5
-    assert all(torch.equal(checkpoint["state_dict"][name], tensor) for name, tensor in state["previous"].items())
-
-
 def test_task_incremental_stream_gets_a_head_a_task(tmp_path, fake_mnist):
-    backbone = {"class_path": "torch.nn.Flatten"}
     config = {
         "data": {
             "benchmark": "split-mnist",
@@ -143,10 +120,9 @@ def test_task_incremental_stream_gets_a_head_a_task(tmp_path, fake_mnist):
             "epochs_per_task": 1,
             "replay_per_class": 1,
         },
-        "model": {"backbone": {"class_path": "lit_rebasin.ContinualClassifier"}, "n_features": 784},
+        "model": {"backbone": {"class_path": "torch.nn.Flatten"}, "n_features": 784},
         "trainer": {"accelerator": "cpu"},
     }
-    config["model"]["backbone"] = backbone
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     words = ["--methods", "average", "--seeds", "0", "--data_dir", fake_mnist, "--output_dir", str(tmp_path / "out")]
     assert main(["benchmark", "--config", str(tmp_path / "c.yaml"), *words]) == 0
@@ -156,11 +132,24 @@ def test_task_incremental_stream_gets_a_head_a_task(tmp_path, fake_mnist):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
+        *[
+            (["--data.epochs_per_task", "2", f"--trainer.{name}", value], f"trainer.{name} .*; leave it out")
+            for name, value in (
+                ("check_val_every_n_epoch", "4"),
+                ("check_val_every_n_epoch", "null"),
+                ("limit_val_batches", "0"),
+                ("val_check_interval", "0.5"),
+                ("max_steps", "3"),
+                ("fast_dev_run", "true"),
+                ("overfit_batches", "1"),
+            )
+        ],
         (["--methods", "rebasin,magic"], "no method 'magic'; choose from finetune, replay, average, rebasin"),
-        (["--methods", ""], "no method"),
+        (["--methods", ""], "no method ''; choose from finetune"),
         (["--seeds", "a,b"], "seeds must be whole numbers"),
         (["--seeds", "1,1"], "seeds must be different"),
         (["--seeds", "-1"], "seeds must be different whole numbers from 0"),
+        (["--seeds", "4294967296"], "seeds must be different whole numbers from 0 to 4294967295"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--merge.alpha", "1.5"], r"alpha is the weight of the previous model and must lie in \[0, 1\], got 1.5"),
         (["--data.replay_per_class", "0"], "replays examples, but data.replay_per_class is 0"),
@@ -188,6 +177,53 @@ def test_missing_and_unreadable_config(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("colour: blue\n")
     assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
     assert "colour" in capsys.readouterr().err
+
+
+def test_missing_config_is_found_before_the_slow_imports():
+    check = (
+        "import sys; from lit_rebasin.cli import main; main(['fit', '--config=no.yaml']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "lit-rebasin: error: there is no configuration file no.yaml"
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["benchmark", "--config", CONFIG, "--method", "replay"], "benchmark has no option --method; use --methods"),
+        (["benchmark", "--config", CONFIG, "--method=replay"], "benchmark has no option --method; use --methods"),
+        (["benchmark", "--seed_everything", "1"], "benchmark has no option --seed_everything; use --seeds"),
+        (["benchmark", "--ckpt_path", "a.ckpt"], "benchmark has no option --ckpt_path; it belongs to fit"),
+        (["fit", "--methods", "replay"], "fit has no option --methods; use --method"),
+        (["fit", "--seeds", "1"], "fit has no option --seeds; use --seed_everything"),
+        (["fit", "--config", CONFIG, "--metho", "replay"], "unrecognized arguments: --metho replay"),
+    ],
+)
+def test_options_of_the_other_command_and_abbreviations_are_refused(capsys, words, says):
+    assert main(words) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"lit-rebasin: error: {says}"
+
+
+@pytest.mark.parametrize("key", ["methods", "seeds"])
+def test_null_in_the_yaml_file(tmp_path, capsys, key):
+    (tmp_path / "c.yaml").write_text(f"{key}: null\n")
+    words = ["--config", CONFIG, "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert main(["benchmark", *words]) == 2
+    assert f"error: {key} " in capsys.readouterr().err
+
+
+def test_ctrl_c_during_the_imports_is_one_line():
+    script = (
+        "import sys, signal; from lit_rebasin.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "print(1, flush=True); sys.exit(main(['fit']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert process.stderr.read() == b"lit-rebasin: error: interrupted\n"
 
 
 def test_help_and_version(capsys):

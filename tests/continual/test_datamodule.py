@@ -79,6 +79,18 @@ def test_buffer_holds_k_examples_of_each_class_of_each_task():
         assert len(set(same.int().argmax(1).tolist())) == 30
 
 
+def test_each_task_keeps_a_choice_of_its_own():
+    """Every task of rotated digits has the same scans in the same order, which the same draw would pick again."""
+    data = digits(replay_per_class=3, n_tasks=4)
+    x, _, task = data._training_data(3)[1]
+    kept = set()
+    for t in range(3):
+        originals = data.stream.train(t)[0].flatten(1)
+        same = (x[task == t].flatten(1)[:, None] == originals[None]).all(-1)
+        kept.add(tuple(same.int().argmax(1).tolist()))
+    assert len(kept) == 3
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     data = digits()
     loader = data.train_dataloader()
@@ -165,9 +177,12 @@ def test_fast_dev_run():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"epochs_per_task": 0}, "epochs_per_task must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"replay_per_class": -1}, "replay_per_class must be at least 0"),
+        ({"epochs_per_task": 0}, "epochs_per_task must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"replay_per_class": -1}, "replay_per_class must be a whole number of at least 0"),
+        ({"n_tasks": "5"}, "n_tasks must be a whole number of at least 1, got '5'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"seed": 2**32}, "seed must be at most 4294967295"),
         ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\)"),
     ],
 )
@@ -179,7 +194,7 @@ def test_bad_arguments(options, match):
 @pytest.mark.parametrize(
     ("max_epochs", "reload", "match"),
     [
-        (5, 1, r"max_epochs=5\) does not fit epochs_per_task=2 and 3 tasks: pass max_epochs=6"),
+        (5, 1, r"max_epochs=5\) does not fit epochs_per_task=2 and n_tasks=3: pass max_epochs=6"),
         (8, 1, r"max_epochs=8\) does not fit"),
         (6, 0, r"pass reload_dataloaders_every_n_epochs=1"),
         (6, 4, r"pass reload_dataloaders_every_n_epochs=1"),
@@ -190,6 +205,29 @@ def test_trainer_that_does_not_fit_the_stream(max_epochs, reload, match):
     with pytest.raises(MisconfigurationException, match=match):
         trainer(max_epochs, reload).fit(module, datamodule=digits())
     assert module.batches == []
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_epochs": -1, "max_steps": 9}, r"max_steps=9.*pass max_epochs=6"),
+        ({"max_epochs": 6, "overfit_batches": 1}, "use limit_train_batches"),
+    ],
+)
+def test_other_limits_of_the_trainer(options, match):
+    with pytest.raises(MisconfigurationException, match=match):
+        trainer(**options).fit(Learner(), datamodule=digits())
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"n_tasks": 4}, {"replay_per_class": 1}, {"epochs_per_task": 3}])
+def test_checkpoint_of_another_stream_is_refused_in_a_fit_alone(tmp_path, change):
+    first = trainer(2)
+    first.fit(Learner(), datamodule=digits())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    name, value = next(iter(change.items()))
+    with pytest.raises(MisconfigurationException, match=rf"stream with {name}=.*, not {value}"):
+        trainer(6).fit(Learner(), datamodule=digits(**change), ckpt_path=tmp_path / "a.ckpt")
+    assert trainer(6).validate(Learner(), datamodule=digits(**change), ckpt_path=tmp_path / "a.ckpt", verbose=False)
 
 
 def test_empty_task(tmp_path):

@@ -158,6 +158,9 @@ def test_too_many_tasks(fake_mnist):
         ({"y_test": np.full(10, 9)}, "y_test holds class 9, beyond the largest of y_train, 4"),
         ({"x_test": np.zeros((10, 5, 5), np.uint8)}, "different shapes"),
         ({"x_train": np.zeros((60, 36), np.uint8)}, "x_train must be images"),
+        ({"x_train": np.zeros((60, 6, 6))}, "x_train is float64 and x_test uint8"),
+        ({"x_train": np.full((60, 6, 6), np.nan)}, "x_train holds NaN or infinity"),
+        ({"x_train": np.array([None] * 60)}, "x_train is an array of Python objects"),
     ],
 )
 def test_bad_arrays(tmp_path, change, match):

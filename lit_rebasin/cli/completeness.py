@@ -1,0 +1,52 @@
+"""A benchmark counts only streams that were trained and measured to the end of every task."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lit_rebasin.cli.errors import UsageError
+
+
+def check_trainer(options: Mapping[str, Any], epochs_per_task: int) -> None:
+    """Raise a `UsageError` for Trainer arguments that would end a task early, or leave it without a validation."""
+    every = options["check_val_every_n_epoch"]
+    if every is None or epochs_per_task % every:
+        raise UsageError(
+            f"trainer.check_val_every_n_epoch {every} misses the end of tasks of {epochs_per_task} epochs; "
+            "leave it out, or pass a divisor of data.epochs_per_task"
+        )
+    unfit = {
+        "fast_dev_run": bool(options["fast_dev_run"]),
+        "max_steps": options["max_steps"] != -1,
+        "max_time": options["max_time"] is not None,
+        "overfit_batches": options["overfit_batches"] != 0,
+        "limit_train_batches": options["limit_train_batches"] == 0,
+        "limit_val_batches": options["limit_val_batches"] == 0,
+        "val_check_interval": options["val_check_interval"] not in (None, 1.0),
+    }
+    for name, is_unfit in unfit.items():
+        if is_unfit:
+            raise UsageError(
+                f"trainer.{name} {options[name]} would leave tasks of the benchmark unfinished or not measured; leave it out"
+            )
+
+
+def complete(matrix: Tensor, n_tasks: int) -> Tensor:
+    """Return the square matrix of the tasks that a run was to train.
+
+    Args:
+        matrix: What the monitor has measured; a fit of the first tasks alone measures the later ones too.
+        n_tasks: Number of tasks that were to be trained.
+
+    Raises:
+        RuntimeError: If a task is missing.
+    """
+    square = matrix[:n_tasks, :n_tasks]
+    if square.shape != (n_tasks, n_tasks) or square.isnan().any():
+        finished = int((~square.diagonal().isnan()).sum())
+        raise RuntimeError(
+            f"the stream ended early, with {finished} of {n_tasks} task{'s' * (n_tasks > 1)} finished and measured, so it is no result; "
+            "take out what stops the training, such as EarlyStopping in trainer.callbacks"
+        )
+    return square

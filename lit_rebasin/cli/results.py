@@ -1,0 +1,70 @@
+"""What ``results.json`` holds."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from lit_rebasin.cli.app import FILLED, ContinualCLI, Run, package_versions
+from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method with one seed came to."""
+
+    matrix: Tensor
+    seconds: float
+
+
+def make_results(
+    cli: ContinualCLI,
+    run: Run,
+    seeds: Sequence[int],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    missing: Sequence[str],
+) -> dict[str, Any]:
+    """Return the content of ``results.json``.
+
+    Args:
+        cli: The parsed configuration.
+        run: Any of the runs; all have the same stream and Trainer.
+        seeds: Those asked for.
+        outcomes: By method, one for each of the first seeds.
+        missing: The runs that are not finished, in words.
+    """
+    config = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
+    for key in ("methods", "seeds", "method", "seed_everything", "output_dir", "overwrite", "ckpt_path"):
+        config.pop(key, None)
+    config["trainer"] |= {name: run.config.trainer[name] for name in FILLED}
+    config["data"] |= {"n_tasks": run.data.n_tasks, "scenario": run.data.stream.scenario}
+    return {
+        "benchmark": run.data.stream.name,
+        "n_tasks": len(next(iter(outcomes.values()))[0].matrix),
+        "protocol": {
+            **config,
+            "seeds": list(seeds),
+            "missing": list(missing),
+            "versions": package_versions(),
+            "threads": torch.get_num_threads(),
+            "processors": os.cpu_count(),
+            "command": " ".join(["lit-rebasin", *sys.argv[1:]]),
+        },
+        "methods": {method: _numbers(found) for method, found in outcomes.items()},
+    }
+
+
+def _numbers(found: Sequence[Outcome]) -> dict[str, Any]:
+    matrices = [outcome.matrix for outcome in found]
+    return {
+        "accuracy": [average_accuracy(matrix) for matrix in matrices],
+        "forgetting": [forgetting(matrix) for matrix in matrices],
+        "backward_transfer": [backward_transfer(matrix) for matrix in matrices],
+        "seconds": [outcome.seconds for outcome in found],
+        "accuracy_matrix": [matrix.tolist() for matrix in matrices],
+    }

@@ -1,0 +1,113 @@
+import json
+import signal
+import sys
+
+import pytest
+import torch
+import yaml
+
+from lit_rebasin.cli import main
+
+from .words import CONFIG, SMALL
+
+FAILING = """
+from pathlib import Path
+from torch import nn
+
+class Net(nn.Sequential):
+    "The third network that is made fails when it is called."
+
+    def __init__(self, note, error):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        note = Path(note)
+        note.write_text(note.read_text() + "." if note.exists() else ".")
+        self.error = error if len(note.read_text()) == 3 else None
+
+    def forward(self, x):
+        if self.error:
+            raise {"Ctrl-C": KeyboardInterrupt, "error": RuntimeError, "fault": TypeError}[self.error]("bang")
+        return super().forward(x)
+"""
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    """Words that give `benchmark` a network of the working directory which fails in the third run."""
+    (tmp_path / "failing_net.py").write_text(FAILING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "failing_net", raising=False)
+    on_interrupt = signal.getsignal(signal.SIGINT)
+
+    def words(error):
+        backbone = {"class_path": "failing_net.Net", "init_args": {"note": str(tmp_path / "note"), "error": error}}
+        config = {
+            "data": {"benchmark": "rotated-digits", "replay_per_class": 1},
+            "model": {"backbone": backbone},
+            "merge": {"method": "identity"},
+            "trainer": {"accelerator": "cpu"},
+        }
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+        return ["benchmark", "--config", "c.yaml", *SMALL, "--methods", "finetune,average", "--seeds", "0,1"]
+
+    yield words
+    signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored after an interruption
+
+
+@pytest.mark.parametrize(("error", "code", "says"), [("Ctrl-C", 130, "interrupted"), ("error", 1, "bang")])
+def test_finished_runs_outlive_what_ends_a_later_one(failing, tmp_path, capsys, error, code, says):
+    assert main([*failing(error), "--output_dir", "out"]) == code
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == (
+        f"lit-rebasin: error: {says}. The finished runs are in out/results.json; missing: average seed 0, average seed 1"
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: len(found["accuracy"]) for name, found in results["methods"].items()} == {"finetune": 2}
+    assert results["protocol"]["missing"] == ["average seed 0", "average seed 1"]
+    assert "Not finished: average seed 0, average seed 1." in (tmp_path / "out" / "results.md").read_text()
+    assert (tmp_path / "out" / "accuracy_matrix.png").exists()
+
+
+def test_a_fault_keeps_its_traceback_and_the_finished_runs(failing, tmp_path):
+    with pytest.raises(TypeError, match="bang") as caught:
+        main([*failing("fault"), "--output_dir", "out"])
+    assert "missing: average seed 0, average seed 1" in caught.value.__notes__[0]
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["methods"]) == ["finetune"]
+
+
+def test_results_are_replaced_only_on_request(failing, tmp_path, capsys):
+    words = [*failing("none"), "--methods", "finetune", "--seeds", "0", "--output_dir", "out"]
+    assert main(words) == 0
+    first = (tmp_path / "out" / "results.json").read_text()
+    assert main([*words, "--merge.alpha", "0.25"]) == 2
+    assert "out holds results already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_text() == first
+    assert main([*words, "--merge.alpha", "0.25", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["protocol"]["merge"]["alpha"] == 0.25
+
+
+def test_a_stream_that_ends_early_is_no_result(tmp_path, capsys):
+    stop = {"monitor": "train_loss", "patience": 0, "divergence_threshold": 0.0, "check_on_train_epoch_end": True}
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
+    (tmp_path / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    words = [
+        "--config",
+        str(tmp_path / "stop.yaml"),
+        "--methods",
+        "replay",
+        "--seeds",
+        "0",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main(["benchmark", "--config", CONFIG, *SMALL, "--data.n_tasks", "3", *words]) == 1
+    assert "1 of 3 tasks finished" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_the_first_tasks_alone_are_a_stream(tmp_path):
+    words = ["--trainer.max_epochs", "2", "--methods", "finetune", "--seeds", "0", "--output_dir", str(tmp_path)]
+    assert main(["benchmark", "--config", CONFIG, *SMALL, "--data.n_tasks", "3", *words]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["n_tasks"] == 2
+    assert torch.tensor(results["methods"]["finetune"]["accuracy_matrix"]).shape == (1, 2, 2)
