@@ -66,6 +66,24 @@ def test_gradient_is_finite_near_a_permutation():
     assert logits.grad.abs().max() < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("width", "temperature", "within"), [(16, 1.0, 2e-5), (16, 0.3, 0.03), (256, 0.3, 2e-5), (16, 0.2, 2e-5)]
+)
+def test_float32_gradient_of_a_sharp_plan_is_no_noise(width, temperature, within):
+    """The start of an alignment, annealed: one minus a square of the diagonal is all that the gradient lives on."""
+    exact = float(np.log(9 * (width - 1))) * torch.eye(width, dtype=torch.float64) + 0.1 * random_logits(width)
+    upstream = random_logits(width, seed=1)
+    gradients = []
+    for logits, options in ((exact, {"tolerance": 1e-13, "max_iterations": 50_000}), (exact.float(), {})):
+        logits = logits.clone().requires_grad_()
+        plan = sinkhorn(logits, regularization=temperature, **options).plan
+        (plan * upstream.to(plan.dtype)).sum().backward()
+        assert logits.grad.dtype == logits.dtype
+        gradients.append(logits.grad.double())
+    assert (gradients[1] - gradients[0]).norm() < within * gradients[0].norm()
+    assert (gradients[1].sign() == gradients[0].sign()).double().mean() > 0.999
+
+
 @settings(deadline=None, max_examples=30)
 @given(n=st.integers(1, 20), seed=st.integers(0, 1000), regularization=st.floats(0.05, 5))
 def test_plan_is_doubly_stochastic_and_says_how_nearly(n, seed, regularization):
