@@ -23,8 +23,13 @@ def interpolate(previous: Weights, new: Weights, alpha: float | Tensor) -> dict[
 
 
 def l2_cost(permuted: Weights, reference: Weights) -> Tensor:
-    """Return the mean squared difference of the weights, ``(1/|theta|) sum ||theta_ref - pi(theta)||^2`` (Pena et al., CVPR 2023, eq. 9)."""
+    """Return the mean squared difference of the weights, 0 if there are none.
+
+    ``(1/|theta|) sum ||theta_ref - pi(theta)||^2`` (Pena et al., CVPR 2023, eq. 9).
+    """
     pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
+    if not pairs:
+        return torch.zeros(())
     total = torch.stack([(a - b.to(a.device, a.dtype)).square().sum() for a, b in pairs]).sum()
     return total / sum(a.numel() for a, _ in pairs)
 
