@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_rebasin.alignment import (
     Alignment,
+    add_residual,
     incremental_cost,
     l2_cost,
     midpoint_cost,
@@ -109,9 +110,7 @@ def merge_task(
     before = path_from(trained).losses(mean_loss)
     after = path_from(aligned).losses(mean_loss) if alignment.moved else before
     alpha = line_search(after) if isinstance(settings.alpha, str) else settings.alpha
-    merged = path_from(aligned).at(alpha)
-    for name, delta in alignment.residual.items():
-        merged[name] = merged[name] + delta
+    merged = add_residual(path_from(aligned).at(alpha), alignment.residual)
     loss_before, logged_before = step.mean(trained, batches)
     loss_after, logged_after = step.mean(merged, batches)
     numbers = {
