@@ -10,8 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -121,7 +121,7 @@ class StepLoss(nn.Module):
     def quiet(self) -> Iterator[None]:
         """Set logging, metrics, training modes and the global random state aside, and put them back."""
         modes = {module: module.training for module in self.module.modules()}
-        with self._replaced(copy.deepcopy), isolate_rng():
+        with self._replaced(copy.deepcopy), _random_state_kept():
             try:
                 object.__setattr__(self.module, "log", self._keep)
                 object.__setattr__(self.module, "log_dict", self._keep_all)
@@ -204,6 +204,16 @@ def draw_batches(trainer: "pl.Trainer", count: int) -> list[Any]:
             if len(batches) == count:
                 break
     return batches
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the global random states back, also after an exception, which Lightning's isolate_rng does not."""
+    states = _collect_rng_states()
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
 
 
 @contextmanager
