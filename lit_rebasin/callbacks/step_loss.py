@@ -123,31 +123,28 @@ class StepLoss(nn.Module):
         modes = {module: module.training for module in self.module.modules()}
         with self._replaced(copy.deepcopy), _random_state_kept():
             try:
-                object.__setattr__(self.module, "log", self._keep)
-                object.__setattr__(self.module, "log_dict", self._keep_all)
+                object.__setattr__(self.module, "log", self._keep)  # log_dict calls it, too
                 self.module.eval()
                 for module, training in modes.items():
                     if isinstance(module, _BatchNorm):
                         module.train(training)  # one that the user holds in evaluation mode stays there
                 yield
             finally:
-                for name in ("log", "log_dict"):
-                    self.module.__dict__.pop(name, None)
+                self.module.__dict__.pop("log", None)
                 for module, training in modes.items():
                     module.training = training
 
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Within `quiet`, keep logs and metrics out of the step altogether: a trace has no values for them."""
-        before = self._keep
         object.__setattr__(self.module, "log", lambda *args, **kwargs: None)
         object.__setattr__(self.module, "log_dict", lambda *args, **kwargs: None)
         try:
             with self._replaced(lambda metric: _NoMetric()):
                 yield
         finally:
-            object.__setattr__(self.module, "log", before)
-            object.__setattr__(self.module, "log_dict", self._keep_all)
+            object.__setattr__(self.module, "log", self._keep)
+            self.module.__dict__.pop("log_dict", None)
 
     @contextmanager
     def _replaced(self, stand_in: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
@@ -164,10 +161,6 @@ class StepLoss(nn.Module):
 
     def _keep(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged |= {name: value} if isinstance(value, Metric) else _number(name, value)
-
-    def _keep_all(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        for name, value in dictionary.items():
-            self._keep(name, value)
 
 
 def _number(name: str, value: Any) -> dict[str, float]:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
+from torchmetrics.functional.classification import multiclass_precision, multiclass_recall
 
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, draw_batches, named_tensors
 
@@ -154,8 +155,9 @@ def test_mean_of_losses_logs_and_metrics(tmp_path):
     step, _ = attach(tmp_path)
     module, batches = held_in_evaluation(step.module), batches_of(step)
     with step.quiet():
-        loss, logged = step.mean(named_tensors(module), batches)
-        again = step.mean(named_tensors(module), batches)
+        step.mean(named_tensors(module), batches[:1])
+        weights = {name: tensor.requires_grad_(name == "head.weight") for name, tensor in named_tensors(module).items()}
+        loss, logged = step.mean(weights, batches)
         hits = 0
         for x, y in batches:
             logits = functional_call(module, {n: t.clone() for n, t in named_tensors(module).items()}, (x,))
@@ -163,11 +165,40 @@ def test_mean_of_losses_logs_and_metrics(tmp_path):
     by_hand = [float(loss_by_hand(module.state_dict(), x, y)) for x, y in batches]
     assert float(loss) == pytest.approx(sum(by_hand) / 3, rel=1e-5)
     assert not loss.requires_grad
-    assert again == (loss, logged)  # the metric starts afresh each time
     assert set(logged) == {"accuracy", "step_loss", "size"}
-    assert logged["accuracy"] == pytest.approx(hits / 50)  # of all samples, where the last batch is smaller
+    assert logged["accuracy"] == pytest.approx(
+        hits / 50
+    )  # of all samples of this call, where the last batch is smaller
     assert logged["step_loss"] == pytest.approx(float(loss))
     assert logged["size"] == pytest.approx(50 / 3)
+
+
+def test_collection_of_metrics(tmp_path):
+    class Collects(Small):
+        def __init__(self):
+            super().__init__()
+            metrics = {"recall": MulticlassRecall(3), "precision": MulticlassPrecision(3)}
+            self.metrics = MetricCollection(metrics, prefix="train_")
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            self.metrics(logits, batch[1])
+            self.log_dict(self.metrics)
+            return cross_entropy(logits, batch[1])
+
+    step, _ = attach(tmp_path, Collects())
+    batches = batches_of(step)
+    for repeat in (1, 3):  # starting afresh each time, also with other data
+        with step.quiet():
+            step.module.norm.eval()
+            step.module.held.eval()
+            _, logged = step.mean(named_tensors(step.module), batches[:repeat])
+            logits, y = torch.cat([step.module(x) for x, _ in batches[:repeat]]), DATA.tensors[1][: 20 * repeat]
+        assert logged["train_recall"] == pytest.approx(float(multiclass_recall(logits, y, 3)))
+        assert logged["train_precision"] == pytest.approx(float(multiclass_precision(logits, y, 3)))
+        assert "log_dict" not in step.module.__dict__
+    with step.quiet(), step.silent():
+        step.loss(batches[0])
 
 
 def test_quiet_leaves_no_trace_even_when_the_step_fails(tmp_path):
