@@ -115,7 +115,9 @@ class _ImplicitPlan(torch.autograd.Function):
         system.diagonal(dim1=-2, dim2=-1).add_(1 + 10 * torch.finfo(plan.dtype).eps)
         right = (right / root)[..., None]
         factor, info = torch.linalg.cholesky_ex(system)
-        scaled = torch.linalg.lstsq(system, right).solution if info.any() else torch.cholesky_solve(right, factor)
+        scaled = torch.cholesky_solve(right, factor)
+        if info.any() and system.isfinite().all():  # NaN passes through instead
+            scaled = torch.linalg.lstsq(system, right).solution
         centred = centred - (scaled[..., 0] / root)[..., None, :]
         centred = centred - centred.gather(-1, largest)
         return plan * (centred - (by_row * centred).sum(-1, keepdim=True)), None, None

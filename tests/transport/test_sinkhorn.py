@@ -157,6 +157,12 @@ def test_each_problem_of_a_batch_has_its_own_account():
     assert result.marginal_error[0] <= 1e-5 < result.marginal_error[1]
 
 
+def test_gradient_of_logits_that_are_not_finite_is_nan():
+    logits = torch.full((3, 3), float("nan"), requires_grad=True)
+    sinkhorn(logits).plan.sum().backward()
+    assert logits.grad.isnan().all()
+
+
 def test_bfloat16_is_solved_in_float32():
     logits = random_logits(8, dtype=torch.float32).bfloat16().requires_grad_()
     plan = sinkhorn(logits).plan
