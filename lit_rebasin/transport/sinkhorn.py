@@ -113,11 +113,7 @@ class _ImplicitPlan(torch.autograd.Function):
         system = null[..., :, None] * null[..., None, :] - links / root[..., :, None] / root[..., None, :]
         # The ridge keeps the solve finite where the graph falls apart.
         system.diagonal(dim1=-2, dim2=-1).add_(1 + 10 * torch.finfo(plan.dtype).eps)
-        right = (right / root)[..., None]
-        factor, info = torch.linalg.cholesky_ex(system)
-        scaled = torch.cholesky_solve(right, factor)
-        if info.any() and system.isfinite().all():  # NaN passes through instead
-            scaled = torch.linalg.lstsq(system, right).solution
+        scaled, _ = torch.linalg.solve_ex(system, (right / root)[..., None])
         centred = centred - (scaled[..., 0] / root)[..., None, :]
         centred = centred - centred.gather(-1, largest)
         return plan * (centred - (by_row * centred).sum(-1, keepdim=True)), None, None
