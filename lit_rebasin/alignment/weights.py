@@ -13,6 +13,8 @@ from lit_rebasin.transport import assignment
 
 # The least gain that counts, as a share of the largest gain that norms of this size allow: well above the rounding of float64.
 _TOLERANCE = 1e-9
+# Bound on the steps of a Frank-Wolfe search, as in SciPy.
+_MAX_STEPS = 30
 
 
 def weight_matching(
@@ -57,7 +59,10 @@ def weight_matching(
         converged = True
         for index in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[index]
-            step = _frank_wolfe(ours, theirs, group) if _is_quadratic(group) else assignment(_gain(ours, theirs, group))
+            if _is_quadratic(group):
+                step = _frank_wolfe(ours, theirs, group)
+            else:
+                step = assignment(_gain(ours, theirs, group, torch.eye(group.size, dtype=torch.float64)))
             moved = _moved(ours, group, step)
             improvement = _agreement(moved, theirs, group) - _agreement(ours, theirs, group)
             if improvement > _TOLERANCE * _bound(ours, theirs, group):
@@ -88,31 +93,35 @@ def _is_quadratic(group: Group) -> bool:
     return len({(axis.tensor, axis.dim) for axis in group.axes}) > len({axis.tensor for axis in group.axes})
 
 
-def _gain(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
-    """Return ``(size, size)``: inner products of each reference neuron with each model neuron, over all axes of the group."""
+def _gain(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group, plan: Tensor) -> Tensor:
+    """Return ``(size, size)``, the gradient of the agreement at a plan.
+
+    By the product rule: the inner products of each reference neuron with each model neuron along every axis, where the plan has moved the
+    other axes of the same tensor.
+    """
     gain = torch.zeros(group.size, group.size, dtype=torch.float64)
     for axis in group.axes:
-        ours, theirs = (neurons(weights[axis.tensor], axis, group.size).flatten(1) for weights in (model, reference))
+        others = tuple(other for other in group.axes if other.tensor == axis.tensor and other != axis)
+        moved = _moved({axis.tensor: model[axis.tensor]}, Group(group.name, group.size, others), plan)
+        ours, theirs = (neurons(weights[axis.tensor], axis, group.size).flatten(1) for weights in (moved, reference))
         gain += theirs @ ours.T
     return gain
 
 
-def _frank_wolfe(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group, steps: int = 30) -> Tensor:
+def _frank_wolfe(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
     """Return a permutation of a group near a local maximum of the agreement over doubly stochastic plans."""
     corners = torch.eye(group.size, dtype=torch.float64)
-    plan = corners.clone()
-    for _ in range(steps):
-        plan.requires_grad_()
-        value = _agreement(_moved(model, group, plan), reference, group)
-        (gradient,) = torch.autograd.grad(value, plan)
-        direction = corners[assignment(gradient)] - plan.detach()
+    plan = corners
+    for _ in range(_MAX_STEPS):
+        gradient = _gain(model, reference, group, plan)
+        direction = corners[assignment(gradient)] - plan
         slope = float((gradient * direction).sum())
         if slope <= _TOLERANCE * _bound(model, reference, group):
             break
-        # Along the direction the agreement is value + slope * t + curvature * t^2.
-        end = _agreement(_moved(model, group, plan.detach() + direction), reference, group)
-        curvature = float(end - value.detach()) - slope
-        plan = plan.detach() + slope / max(-2 * curvature, slope) * direction
+        # Along the direction the agreement is a + slope * t + curvature * t^2.
+        start, end = (_agreement(_moved(model, group, p), reference, group) for p in (plan, plan + direction))
+        curvature = float(end - start) - slope
+        plan = plan + slope / max(-2 * curvature, slope) * direction
     return assignment(plan)
 
 

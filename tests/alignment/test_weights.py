@@ -173,6 +173,14 @@ def test_recovers_a_planted_permutation_of_a_recurrent_layer():
     assert torch.equal(alignment.permutations["h"], invert(planted)["h"])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_runs_where_gradients_are_off(mode):
+    (ours, spec), (reference, _) = recurrent(0, 8), recurrent(100, 8)
+    expected = weight_matching(ours, reference, spec)
+    with mode():
+        assert weight_matching(ours, reference, spec).history == expected.history
+
+
 def test_no_step_that_does_not_improve_is_taken():
     """Here the third search ends in a plan whose nearest permutation is worse than where it began."""
     (ours, spec), (reference, _) = recurrent(13, 8), recurrent(113, 8)
