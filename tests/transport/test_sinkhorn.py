@@ -103,10 +103,11 @@ def test_float32_gradient_equals_the_published_formula_in_float64(sharpness):
     assert (logits.grad - expected).norm() < 2e-5 * expected.norm()
 
 
-def test_gradient_where_the_plan_falls_apart_into_blocks():
+@pytest.mark.parametrize("even", [0.0, 1.0])
+def test_gradient_where_the_plan_falls_apart_into_blocks(even):
     """No flow between the blocks: the multipliers of one are free against those of the other."""
     logits = torch.full((6, 6), -300.0, dtype=torch.float64)
-    logits[:3, :3], logits[3:, 3:] = random_logits(3), random_logits(3, seed=1)
+    logits[:4, :4], logits[4:, 4:] = even * random_logits(4), even * random_logits(2, seed=1)
     logits.requires_grad_()
     upstream = random_logits(6, seed=2)
     plan = sinkhorn(logits, max_iterations=5000, tolerance=1e-13).plan
