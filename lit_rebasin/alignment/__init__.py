@@ -1,6 +1,7 @@
 """Which permutation carries a model towards a reference."""
 
 from lit_rebasin.alignment.costs import (
+    add_residual,
     check_same_architecture,
     incremental_cost,
     interpolate,
@@ -15,6 +16,7 @@ from lit_rebasin.alignment.weights import weight_matching
 __all__ = [
     "Alignment",
     "SinkhornRebasin",
+    "add_residual",
     "check_same_architecture",
     "incremental_cost",
     "interpolate",

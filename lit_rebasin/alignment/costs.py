@@ -12,19 +12,38 @@ Weights = Mapping[str, Tensor]
 Loss = Callable[[Weights], Tensor]
 
 
-def interpolate(previous: Weights, new: Weights, alpha: float | Tensor) -> dict[str, Tensor]:
-    """Return ``alpha * previous + (1 - alpha) * new``; what is not floating point (counters) is taken from ``new``."""
+def interpolate(previous: Weights, new: Weights, alpha: float) -> dict[str, Tensor]:
+    """Return ``alpha * previous + (1 - alpha) * new``; what is not floating point (counters) is taken from ``new``.
+
+    Exact where the two are equal, and at both ends: what neither task has trained, such as a frozen layer or a mask of infinities, must not
+    drift over many merges.
+    """
     return {
-        name: alpha * previous[name].to(tensor.device, tensor.dtype) + (1 - alpha) * tensor
+        name: _mixed(previous[name].to(tensor.device, tensor.dtype), tensor, alpha)
         if tensor.is_floating_point()
         else tensor
         for name, tensor in new.items()
     }
 
 
+def _mixed(previous: Tensor, new: Tensor, alpha: float) -> Tensor:
+    mixed = torch.lerp(new, previous, alpha)
+    return torch.where(new.isinf() & (new == previous), new, mixed)  # the difference of infinities is NaN
+
+
+def add_residual(weights: Weights, residual: Weights) -> dict[str, Tensor]:
+    """Return the weights with the residual added to the tensors that it names."""
+    return {name: tensor + residual[name] if name in residual else tensor for name, tensor in weights.items()}
+
+
 def l2_cost(permuted: Weights, reference: Weights) -> Tensor:
-    """Return the mean squared difference of the weights, ``(1/|theta|) sum ||theta_ref - pi(theta)||^2`` (Pena et al., CVPR 2023, eq. 9)."""
+    """Return the mean squared difference of the weights, 0 if there are none.
+
+    ``(1/|theta|) sum ||theta_ref - pi(theta)||^2`` (Pena et al., CVPR 2023, eq. 9).
+    """
     pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
+    if not pairs:
+        return torch.zeros(())
     total = torch.stack([(a - b.to(a.device, a.dtype)).square().sum() for a, b in pairs]).sum()
     return total / sum(a.numel() for a, _ in pairs)
 
@@ -50,10 +69,9 @@ def incremental_cost(permuted: Weights, reference: Weights, loss: Loss, alpha: f
         reference: Weights of the previous model.
         loss: Task loss, on the new task's batches mixed with replay.
         alpha: Weight of the previous model.
-        residual: ``delta`` by name, for some or all of the tensors.
+        residual: ``delta`` by name, for some or all of the parameters.
     """
-    merged = interpolate(reference, permuted, alpha)
-    return loss({name: tensor + residual[name] if name in residual else tensor for name, tensor in merged.items()})
+    return loss(add_residual(interpolate(reference, permuted, alpha), residual))
 
 
 def check_same_architecture(model: Weights, reference: Weights) -> None:

@@ -12,9 +12,10 @@ class Alignment:
     Attributes:
         permutations: By group name, a LongTensor ``(size,)`` on the CPU: ``w_new = w.index_select(dim, p)``.
         cost: The cost of the hard permutations returned, in the unit of the method's cost.
-        history: The cost along the way; the first entry is the cost of the start.
+        history: The cost of the hard permutations along the way, in the unit of ``cost``; the first entry is the cost of the start.
         method: The name of the method.
-        converged: Whether the method stopped by itself.
+        converged: Whether the method came to its end: weight matching to a sweep that improves nothing, the Sinkhorn alignment to soft plans
+            that are nearly hard, so that what it trained stands for what it returns.
         seconds: Wall time.
         residual: Added to the merged weights, by tensor name; empty where the cost has none.
     """

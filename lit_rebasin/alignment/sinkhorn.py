@@ -1,7 +1,7 @@
 """Differentiable re-basin: soft permutations that are trained through any cost, and used hard."""
 
 from collections.abc import Callable, Mapping
-from math import log
+from math import inf, isnan, log
 from time import perf_counter
 
 import torch
@@ -81,8 +81,9 @@ def sinkhorn_alignment(
 ) -> Alignment:
     """Train the plans of a :class:`SinkhornRebasin` on a cost, and return the best hard permutations seen.
 
-    AdamW moves the logits while the temperature falls geometrically from 1 to ``final_temperature``, so that the soft network ends at the
-    hard one. SGD with weight decay moves the residual, its gradient clipped elementwise (settings of the published incremental learning code).
+    AdamW moves the logits while the temperature falls geometrically, ``final_temperature ** (step / steps)``, so that the soft network ends
+    at the hard one. SGD with weight decay moves the residual, its gradient clipped elementwise (settings of the published incremental learning
+    code). A step at which the cost is not finite is left out.
 
     Args:
         model: Weights of the model to permute.
@@ -99,7 +100,8 @@ def sinkhorn_alignment(
         residual_clip: Largest absolute gradient of an entry of the residual.
 
     Returns:
-        The best candidate by ``evaluate``, never worse than the start.
+        The best candidate by ``evaluate``, never worse than the start. Its history holds that cost for the start and for ten candidates or more
+        along the way, infinite where it is NaN, and its cost is the least of them.
     """
     started = perf_counter()
     rebasin = SinkhornRebasin(spec, init=init).to(_device(model))
@@ -114,16 +116,18 @@ def sinkhorn_alignment(
         rebasin.temperature = final_temperature ** (step / steps)
         rebasin.train()
         value = cost(rebasin(model))
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        value.backward()
-        if residual:
-            nn.utils.clip_grad_value_(residual.values(), residual_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        history.append(value.item())
+        if value.isfinite():
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            value.backward()
+            if residual:
+                nn.utils.clip_grad_value_(residual.values(), residual_clip)
+            for optimizer in optimizers:
+                optimizer.step()
         if step % max(1, steps // 10) == 0 or step == steps:
-            best = min(best, _candidate(rebasin, model, evaluate or cost, residual), key=lambda candidate: candidate[0])
+            candidate = _candidate(rebasin, model, evaluate or cost, residual)
+            history.append(candidate[0])
+            best = min(best, candidate, key=lambda candidate: candidate[0])
     lowest, permutations, kept = best
     return Alignment(permutations, lowest, history, "sinkhorn", _is_hard(rebasin), perf_counter() - started, kept)
 
@@ -141,11 +145,15 @@ def _candidate(
     evaluate: Callable[[Mapping[str, Tensor]], Tensor],
     residual: Mapping[str, Tensor],
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """Return the cost of the hard permutations with the residual as it stands, and a copy of both."""
+    """Return the cost of the hard permutations with the residual as it stands, infinite if it is NaN, and a copy of both."""
     permutations = rebasin.permutations()
     with torch.no_grad():
         value = float(evaluate(permute(model, rebasin.spec, permutations)))
-    return value, permutations, {name: tensor.detach().clone() for name, tensor in residual.items()}
+    return (
+        inf if isnan(value) else value,
+        permutations,
+        {name: tensor.detach().clone() for name, tensor in residual.items()},
+    )
 
 
 def _device(tensors: Mapping[str, Tensor]) -> torch.device:

@@ -11,6 +11,11 @@ from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import Group, PermutationSpec, neurons, permute
 from lit_rebasin.transport import assignment
 
+# The least gain that counts, as a share of the largest gain that norms of this size allow: well above the rounding of float64.
+_TOLERANCE = 1e-9
+# Bound on the steps of a Frank-Wolfe search, as in SciPy.
+_MAX_STEPS = 30
+
 
 def weight_matching(
     model: Mapping[str, Tensor],
@@ -22,8 +27,10 @@ def weight_matching(
 ) -> Alignment:
     """Find permutations that maximise ``sum_l <W_l^ref, P_l W_l P_{l-1}^T>`` by coordinate descent.
 
-    Each step solves one group exactly, by linear assignment with all others held; groups are visited in random order until a sweep improves
-    none (Git Re-Basin, Ainsworth et al., ICLR 2023, algorithm 1). Starts at the identity and never gets worse than it.
+    Each step moves one group with all others held; groups are visited in random order until a sweep improves none (Git Re-Basin, Ainsworth et
+    al., ICLR 2023, algorithm 1). Where a group lies on one dimension of each tensor, its step is exact, by linear assignment. Where it lies on
+    two, as in the ``P W P^T`` of a recurrent layer, the problem is a quadratic assignment and its step a Frank-Wolfe search (Vogelstein et
+    al., PLoS ONE 2015), which may end in a local optimum. No step is taken that does not improve. Computed in float64 on the CPU.
 
     Args:
         model: Parameters by name. Statistics, such as running variances, do not belong here: their scale would drown the weights.
@@ -33,32 +40,36 @@ def weight_matching(
         max_sweeps: Bound on the sweeps over all groups.
 
     Returns:
-        The alignment; its cost is the mean squared difference of :func:`~lit_rebasin.alignment.costs.l2_cost`.
+        The alignment, never worse than the identity; its cost is the mean squared difference of
+        :func:`~lit_rebasin.alignment.costs.l2_cost`, and its history has one entry for the start and one a sweep.
 
     Raises:
         ValueError: If the two models differ in names or shapes.
     """
     started = perf_counter()
     check_same_architecture(model, reference)
-    spec = restrict(spec, model)
+    ours, theirs = _exact(model), _exact(reference)
+    spec = restrict(spec, ours)
     generator = torch.Generator().manual_seed(seed)
     permutations = spec.identity()
-    history = [float(l2_cost(model, reference))]
-    names = list(spec.groups)
+    history = [float(l2_cost(ours, theirs))]
+    groups = [group for group in spec.groups.values() if group.axes]
     converged = False
     for _ in range(max_sweeps):
         converged = True
-        for index in torch.randperm(len(names), generator=generator).tolist():
-            name = names[index]
-            others = {other: p for other, p in permutations.items() if other != name}
-            gain = similarity(permute(model, spec, others), reference, spec.groups[name])
-            best = assignment(gain)
-            rows = torch.arange(len(best))
-            improvement = float((gain[rows, best] - gain[rows, permutations[name]]).sum())
-            if improvement > 1e-6 * max(1.0, float(gain.abs().max())):
-                permutations[name] = best
+        for index in torch.randperm(len(groups), generator=generator).tolist():
+            group = groups[index]
+            if _is_quadratic(group):
+                step = _frank_wolfe(ours, theirs, group)
+            else:
+                step = assignment(_gain(ours, theirs, group, torch.eye(group.size, dtype=torch.float64)))
+            moved = _moved(ours, group, step)
+            improvement = _agreement(moved, theirs, group) - _agreement(ours, theirs, group)
+            if improvement > _TOLERANCE * _bound(ours, theirs, group):
+                permutations[group.name] = permutations[group.name][step]
+                ours = moved
                 converged = False
-        history.append(float(l2_cost(permute(model, spec, permutations), reference)))
+        history.append(float(l2_cost(ours, theirs)))
         if converged:
             break
     return Alignment(permutations, history[-1], history, "weights", converged, perf_counter() - started)
@@ -73,13 +84,58 @@ def restrict(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> Permutatio
     return PermutationSpec(groups, spec.fixed)
 
 
-def similarity(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
-    """Return ``(size, size)`` on the CPU in float64: inner products of each reference neuron with each model neuron, over all its axes."""
+def _exact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", torch.float64) for name, t in weights.items() if t.is_floating_point()}
+
+
+def _is_quadratic(group: Group) -> bool:
+    """Return whether a group moves two dimensions of one tensor."""
+    return len({(axis.tensor, axis.dim) for axis in group.axes}) > len({axis.tensor for axis in group.axes})
+
+
+def _gain(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group, plan: Tensor) -> Tensor:
+    """Return ``(size, size)``, the gradient of the agreement at a plan.
+
+    By the product rule: the inner products of each reference neuron with each model neuron along every axis, where the plan has moved the
+    other axes of the same tensor.
+    """
     gain = torch.zeros(group.size, group.size, dtype=torch.float64)
     for axis in group.axes:
-        ours, theirs = (
-            neurons(weights[axis.tensor].detach(), axis, group.size).reshape(group.size, -1).to("cpu", torch.float64)
-            for weights in (model, reference)
-        )
+        others = tuple(other for other in group.axes if other.tensor == axis.tensor and other != axis)
+        moved = _moved({axis.tensor: model[axis.tensor]}, Group(group.name, group.size, others), plan)
+        ours, theirs = (neurons(weights[axis.tensor], axis, group.size).flatten(1) for weights in (moved, reference))
         gain += theirs @ ours.T
     return gain
+
+
+def _frank_wolfe(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
+    """Return a permutation of a group near a local maximum of the agreement over doubly stochastic plans."""
+    corners = torch.eye(group.size, dtype=torch.float64)
+    plan = corners
+    for _ in range(_MAX_STEPS):
+        gradient = _gain(model, reference, group, plan)
+        direction = corners[assignment(gradient)] - plan
+        slope = float((gradient * direction).sum())
+        if slope <= _TOLERANCE * _bound(model, reference, group):
+            break
+        # Along the direction the agreement is a + slope * t + curvature * t^2.
+        start, end = (_agreement(_moved(model, group, p), reference, group) for p in (plan, plan + direction))
+        curvature = float(end - start) - slope
+        plan = plan + slope / max(-2 * curvature, slope) * direction
+    return assignment(plan)
+
+
+def _moved(weights: Mapping[str, Tensor], group: Group, permutation: Tensor) -> dict[str, Tensor]:
+    return permute(weights, PermutationSpec({group.name: group}), {group.name: permutation})
+
+
+def _agreement(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
+    """Return the inner product of two models over the tensors of a group, which the matching maximises."""
+    names = {axis.tensor for axis in group.axes}
+    return torch.stack([(model[name] * reference[name]).sum() for name in sorted(names)]).sum()
+
+
+def _bound(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> float:
+    """Return the largest agreement that weights of these norms could have."""
+    names = {axis.tensor for axis in group.axes}
+    return sum(float(model[name].norm() * reference[name].norm()) for name in names)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_rebasin.alignment import (
     Alignment,
+    add_residual,
     incremental_cost,
     l2_cost,
     midpoint_cost,
@@ -72,6 +73,29 @@ class MergeOutcome:
     batches: list[Any]
 
 
+@dataclass(frozen=True)
+class _Models:
+    """The two models of a merge, and the data they are compared on."""
+
+    step: StepLoss
+    batches: list[Any]
+    trained: Weights
+    previous: Weights
+    shared: set[str]
+
+    def path_from(self, new: Weights) -> LinearPath:
+        """Return the path from the previous model; parameters that are not shared are the new model's all along."""
+        own = {name: new[name] for name, _ in self.step.module.named_parameters() if name not in self.shared}
+        return LinearPath({**self.previous, **own}, new)
+
+    def loss(self, weights: Weights) -> Tensor:
+        return self.step.mean(weights, self.batches)[0]
+
+    def matched(self, weights: Weights) -> dict[str, Tensor]:
+        """Return what an alignment compares."""
+        return {name: weights[name] for name in sorted(self.shared)}
+
+
 def merge_task(
     step: StepLoss,
     trainer: "pl.Trainer",
@@ -95,25 +119,15 @@ def merge_task(
         task: Index of the task, for the seeds.
     """
     started = perf_counter()
-    batches = step.with_loss(draw_batches(trainer, settings.batches))
-    own = {name for name, _ in step.module.named_parameters()} - shared
-
-    def path_from(new: Weights) -> LinearPath:
-        return LinearPath({**previous, **{name: new[name] for name in own}}, new)
-
-    def mean_loss(weights: Weights) -> Tensor:
-        return step.mean(weights, batches)[0]
-
-    alignment = _align(step, batches, trained, previous, spec, shared, path_from, settings, task)
-    aligned = permute(trained, spec, alignment.permutations)
-    before = path_from(trained).losses(mean_loss)
-    after = path_from(aligned).losses(mean_loss) if alignment.moved else before
+    models = _Models(step, step.with_loss(draw_batches(trainer, settings.batches)), trained, previous, shared)
+    alignment = _align(models, spec, settings, settings.seed + task)
+    aligned = models.path_from(permute(trained, spec, alignment.permutations))
+    before = models.path_from(trained).losses(models.loss)
+    after = aligned.losses(models.loss) if alignment.moved else before
     alpha = line_search(after) if isinstance(settings.alpha, str) else settings.alpha
-    merged = path_from(aligned).at(alpha)
-    for name, delta in alignment.residual.items():
-        merged[name] = merged[name] + delta
-    loss_before, logged_before = step.mean(trained, batches)
-    loss_after, logged_after = step.mean(merged, batches)
+    merged = add_residual(aligned.at(alpha), alignment.residual)
+    loss_before, logged_before = step.mean(trained, models.batches)
+    loss_after, logged_after = step.mean(merged, models.batches)
     numbers = {
         "alpha": float(alpha),
         "moved": alignment.moved,
@@ -126,58 +140,53 @@ def merge_task(
         **{f"{name}_after": value for name, value in logged_after.items()},
         "seconds": perf_counter() - started,
     }
-    return MergeOutcome(merged, numbers, alignment, before, after, batches)
+    return MergeOutcome(merged, numbers, alignment, before, after, models.batches)
 
 
-def _align(
-    step: StepLoss,
-    batches: list[Any],
-    trained: Weights,
-    previous: Weights,
-    spec: PermutationSpec,
-    shared: set[str],
-    path_from: Callable[[Weights], LinearPath],
-    settings: MergeSettings,
-    task: int,
-) -> Alignment:
+def _align(models: _Models, spec: PermutationSpec, settings: MergeSettings, seed: int) -> Alignment:
     """Find the permutations, and with the incremental cost the residual."""
-    ours, theirs = ({name: weights[name] for name in sorted(shared)} for weights in (trained, previous))
+    ours, theirs = models.matched(models.trained), models.matched(models.previous)
     if settings.method == "identity":
         distance = float(l2_cost(ours, theirs))
         return Alignment(spec.identity(), distance, [distance], "identity", True, 0.0)
-    matched = weight_matching(ours, theirs, spec, seed=settings.seed + task)
+    matched = weight_matching(ours, theirs, spec, seed=seed)
     if settings.method == "weights":
         return matched
-    stream = cycle(batches)
-    generator = torch.Generator().manual_seed(settings.seed + task)
     residual: dict[str, Tensor] = {}
     if settings.cost == "incremental" and settings.residual_learning_rate > 0:
         residual = {name: torch.zeros_like(tensor, requires_grad=True) for name, tensor in ours.items()}
-    # A line search comes after the alignment, so the published midpoint stands in for it there.
-    point = 0.5 if isinstance(settings.alpha, str) else settings.alpha
-
-    def cost(permuted: Weights, loss: Callable[[Weights], Tensor]) -> Tensor:
-        reference = path_from(permuted).previous
-        if settings.cost == "l2":
-            return l2_cost({name: permuted[name] for name in ours}, theirs)
-        if settings.cost == "midpoint":
-            return midpoint_cost(permuted, reference, loss)
-        if settings.cost == "random-point":
-            return random_point_cost(permuted, reference, loss, generator)
-        return incremental_cost(permuted, reference, loss, point, residual)
-
-    def evaluate(permuted: Weights) -> Tensor:
-        generator.manual_seed(settings.seed + task)  # candidates meet the same random points
-        return cost(permuted, lambda weights: step.mean(weights, batches)[0])
-
+    cost = _cost(models, settings, residual, seed)
+    stream = cycle(models.batches)
     return sinkhorn_alignment(
-        trained,
+        models.trained,
         spec,
-        lambda permuted: cost(permuted, lambda weights: step.at(weights, next(stream))),
-        evaluate=evaluate,
+        lambda permuted: cost(permuted, lambda weights: models.step.at(weights, next(stream))),
+        # A cost of its own, so that every candidate meets the same random point.
+        evaluate=lambda permuted: _cost(models, settings, residual, seed)(permuted, models.loss),
         init=matched.permutations,
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         residual=residual,
         residual_learning_rate=settings.residual_learning_rate,
     )
+
+
+def _cost(
+    models: _Models, settings: MergeSettings, residual: Weights, seed: int
+) -> Callable[[Weights, Callable[[Weights], Tensor]], Tensor]:
+    """Return the cost that the settings name, as a function of permuted weights and of the loss."""
+    # A line search comes after the alignment, so the published midpoint stands in for it there.
+    point = 0.5 if isinstance(settings.alpha, str) else settings.alpha
+    generator = torch.Generator().manual_seed(seed)
+
+    def cost(permuted: Weights, loss: Callable[[Weights], Tensor]) -> Tensor:
+        reference = models.path_from(permuted).previous
+        if settings.cost == "l2":
+            return l2_cost(models.matched(permuted), models.matched(reference))
+        if settings.cost == "midpoint":
+            return midpoint_cost(permuted, reference, loss)
+        if settings.cost == "random-point":
+            return random_point_cost(permuted, reference, loss, generator)
+        return incremental_cost(permuted, reference, loss, point, residual)
+
+    return cost

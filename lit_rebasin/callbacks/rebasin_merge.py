@@ -1,6 +1,7 @@
 """The callback: align the trained model to the previous one after each task, and merge the two."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from lit_rebasin.callbacks.report import log_merge, log_settings
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, named_tensors
 from lit_rebasin.callbacks.step_spec import step_spec
 from lit_rebasin.callbacks.task_end import epochs_per_task, task_ends
-from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
+from lit_rebasin.merging import NoFiniteLossError, has_batch_norm, reestimate_batch_norm
 from lit_rebasin.symmetry import PermutationSpec, join
 
 
@@ -206,7 +207,9 @@ class RebasinMerge(Callback):
         elif self.previous is not None:
             try:
                 self._merge(trainer, pl_module, task, trained, self.previous)
-            except Exception:
+            except NoFiniteLossError as error:
+                self._refuse(pl_module, str(error).rstrip("."))
+            except BaseException:
                 write_weights(pl_module, trained)
                 raise
         # The loop counts this batch only later, but the checkpoint of this task is written in between.
@@ -244,6 +247,8 @@ class RebasinMerge(Callback):
             torch.manual_seed(self.settings.seed + task)
             shared = self._shared(pl_module, trained, previous)
             outcome = merge_task(step, trainer, trained, previous, spec, shared, self.settings, task)
+            if not isfinite(outcome.numbers["loss_after"]):
+                raise NoFiniteLossError("the loss of the merged model on training batches is NaN or infinite")
             write_weights(pl_module, trainer.strategy.broadcast(outcome.weights))  # every rank drew batches of its own
             if has_batch_norm(pl_module):
                 reestimate_batch_norm(pl_module, step, outcome.batches)

@@ -5,13 +5,13 @@ import copy
 import inspect
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -98,7 +98,7 @@ class StepLoss(nn.Module):
         buffers = {name for name, _ in self.module.named_buffers()}
         # BatchNorm writes to its buffers, and takes none that carry a gradient: it must get copies.
         chosen = {f"module.{n}": tensor.detach().clone() if n in buffers else tensor for n, tensor in weights.items()}
-        with attributes_kept(part for part in self.module.modules() if not isinstance(part, Metric)):
+        with self._attributes_kept():
             return functional_call(self, chosen, (batch,))
 
     def mean(self, weights: Mapping[str, Tensor], batches: list[Any]) -> tuple[Tensor, dict[str, float]]:
@@ -122,35 +122,31 @@ class StepLoss(nn.Module):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Set logging, metrics, training modes and the global random state aside, and put them back."""
+        """Set logging, metrics, training modes, the module's own notes and the global random state aside, and put them back."""
         modes = {module: module.training for module in self.module.modules()}
-        with self._replaced(_copied), isolate_rng():
-            try:
-                object.__setattr__(self.module, "log", self._keep)
-                object.__setattr__(self.module, "log_dict", self._keep_all)
-                self.module.eval()
-                for module, training in modes.items():
-                    if isinstance(module, _BatchNorm):
-                        module.train(training)  # one that the user holds in evaluation mode stays there
-                yield
-            finally:
-                for name in ("log", "log_dict"):
-                    self.module.__dict__.pop(name, None)
-                for module, training in modes.items():
-                    module.training = training
+        with self._attributes_kept(), self._replaced(_copied), _random_state_kept():
+            object.__setattr__(self.module, "log", self._keep)  # log_dict calls it, too
+            self.module.eval()
+            for module, training in modes.items():
+                if isinstance(module, _BatchNorm):
+                    module.train(training)  # one that the user holds in evaluation mode stays there
+            yield
+
+    def _attributes_kept(self) -> AbstractContextManager[None]:
+        """Put back what a step notes on the module or caches of its weights; a metric has to see several batches."""
+        return attributes_kept(part for part in self.module.modules() if not isinstance(part, Metric))
 
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Within `quiet`, keep logs and metrics out of the step altogether: a trace has no values for them."""
-        before = self._keep
         object.__setattr__(self.module, "log", lambda *args, **kwargs: None)
         object.__setattr__(self.module, "log_dict", lambda *args, **kwargs: None)
         try:
             with self._replaced(lambda metric: _NoMetric()):
                 yield
         finally:
-            object.__setattr__(self.module, "log", before)
-            object.__setattr__(self.module, "log_dict", self._keep_all)
+            object.__setattr__(self.module, "log", self._keep)
+            self.module.__dict__.pop("log_dict", None)
 
     @contextmanager
     def _replaced(self, stand_in: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
@@ -167,10 +163,6 @@ class StepLoss(nn.Module):
 
     def _keep(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged |= {name: value} if isinstance(value, Metric) else _number(name, value)
-
-    def _keep_all(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        for name, value in dictionary.items():
-            self._keep(name, value)
 
 
 def _number(name: str, value: Any) -> dict[str, float]:
@@ -213,6 +205,16 @@ def draw_batches(trainer: "pl.Trainer", count: int) -> list[Any]:
             if len(batches) == count:
                 break
     return batches
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the global random states back, also after an exception, which Lightning's isolate_rng does not."""
+    states = _collect_rng_states()
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
 
 
 @contextmanager

@@ -12,11 +12,11 @@ class SinkhornResult:
     """What a Sinkhorn solve found.
 
     Attributes:
-        plan: ``(..., n, n)``, non-negative, columns summing to one and rows to one within ``marginal_error``.
+        plan: ``(..., n, n)``, non-negative, columns summing to one and rows to one within ``marginal_error``, up to rounding.
         potentials: The pair ``(f, g)``, each ``(..., n)``, with ``plan = exp(logits / regularization + f[..., None] + g[..., None, :])``.
-        marginal_error: ``(...)``, the largest deviation of a row sum from one.
-        iterations: Row-and-column updates that were run.
-        converged: ``(...)``, whether ``marginal_error`` is within the tolerance.
+        marginal_error: ``(...)``, the largest deviation of a row sum from one, by the potentials.
+        iterations: Row-and-column updates that were run, the same for the whole batch.
+        converged: ``(...)``, whether ``marginal_error`` is within the tolerance; False, too, where the logits are not finite.
     """
 
     plan: Tensor
@@ -34,13 +34,16 @@ def sinkhorn(
     Solves ``argmax_P <P, logits> - regularization * sum P (log P - 1)`` over doubly stochastic ``P`` (Cuturi, NeurIPS 2013; Mena et al.,
     ICLR 2018). The gradient comes from the optimality conditions (Eisenberger et al., CVPR 2022; Pena et al., CVPR 2023), so its memory does
     not grow with the iterations. It is the gradient of the plan as the solution of the problem with the marginals that were reached; where
-    the solve stopped early it is therefore not the derivative of the truncated iteration.
+    the solve stopped early it is therefore not the derivative of the truncated iteration. Given the plan it is good to 1e-5 in float32,
+    however near to a permutation. The plan itself converges slower the nearer it is: with 1e-3 of it off the permutation, 200 iterations left
+    the gradient 4 % from its limit.
 
     Args:
         logits: ``(..., n, n)``, the gain of each assignment. Below float32 it is computed in float32 and the plan cast back.
         regularization: Temperature, above 0.
         max_iterations: Bound on the row-and-column updates.
-        tolerance: Stop once every row sum is this near to one; 0 runs all iterations.
+        tolerance: Stop once every row sum is this near to one; 0 runs all iterations. The sums of a float32 plan are rounded by about 1e-6, so
+            that less than this is reached by its potentials only.
 
     Returns:
         The plan, differentiable once with respect to ``logits``; every other field is detached.
@@ -57,24 +60,23 @@ def sinkhorn(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scaled = wide / regularization
     with torch.no_grad():
-        f, g, iterations = _potentials(scaled.detach(), max_iterations, tolerance)
+        f, g, error, iterations = _potentials(scaled.detach(), max_iterations, tolerance)
     plan = _ImplicitPlan.apply(scaled, f, g)
-    error = (plan.detach().sum(-1) - 1).abs().amax(-1)
     return SinkhornResult(plan.to(logits.dtype), (f, g), error, iterations, error <= tolerance)
 
 
-def _potentials(scaled: Tensor, max_iterations: int, tolerance: float) -> tuple[Tensor, Tensor, int]:
-    """Alternate row and column updates until every row sum is one within ``tolerance``."""
+def _potentials(scaled: Tensor, max_iterations: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Alternate row and column updates until every row sum is one within ``tolerance``; return ``f, g``, the error and the iterations."""
     f = -scaled.logsumexp(-1)
-    g = -(scaled + f[..., :, None]).logsumexp(-2)
-    for iteration in range(1, max_iterations):
+    for iteration in range(1, max_iterations + 1):
+        g = -(scaled + f[..., :, None]).logsumexp(-2)
         new_f = -(scaled + g[..., None, :]).logsumexp(-1)
         # Row i of the current plan sums to exp(f_i - new_f_i): the error costs no pass of its own.
-        if tolerance > 0 and torch.expm1(f - new_f).abs().max() <= tolerance:
-            return f, g, iteration
+        error = torch.expm1(f - new_f).abs().amax(-1)
+        if iteration == max_iterations or (tolerance > 0 and (error <= tolerance).all()):
+            break
         f = new_f
-        g = -(scaled + f[..., :, None]).logsumexp(-2)
-    return f, g, max_iterations
+    return f, g, error, iteration
 
 
 class _ImplicitPlan(torch.autograd.Function):
@@ -91,23 +93,27 @@ class _ImplicitPlan(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Return ``P * (G - u 1^T - 1 v^T)``, with ``u, v`` such that its rows and columns sum to zero.
 
-        Eliminating ``u`` leaves the n x n system ``(diag(b) - P^T diag(1/a) P) v = c - P^T (r / a)``, where ``a, b`` are the marginals and
-        ``r, c`` the row and column sums of ``P * G``. It is singular along the ones vector, which the shift removes.
+        Eliminating ``u`` leaves ``(diag(b) - P^T diag(1/a) P) v = c - P^T (r / a)``, where ``a, b`` are the marginals and ``r, c`` the row and
+        column sums of ``P * G``: the Laplacian of a graph between the columns. Near a permutation all that the gradient lives on is as small
+        as the off-diagonal of the plan, so nothing is computed as a difference of large numbers: ``G`` is counted from the largest entry of
+        each row of the plan, which changes nothing; a Laplacian's diagonal is the sum of its other entries; and the system is scaled to a
+        unit diagonal. It is singular along the ones vector, which a term of rank one removes.
         """
         (plan,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        weighted = plan * gradient
-        rows, columns = plan.sum(-1), plan.sum(-2)
-        r, c = weighted.sum(-1), weighted.sum(-2)
-        n = plan.shape[-1]
-        by_row = plan / rows[..., None]
-        system = torch.diag_embed(columns) - plan.mT @ by_row + 1.0 / n
-        # Near a permutation the system is almost zero, as is the gradient: the ridge keeps the solve finite there.
-        system.diagonal(dim1=-2, dim2=-1).add_(10 * torch.finfo(plan.dtype).eps)
-        right = c - (by_row.mT @ r[..., None])[..., 0]
-        factor, info = torch.linalg.cholesky_ex(system)
-        if info.any():
-            v = torch.linalg.lstsq(system, right[..., None]).solution[..., 0]
-        else:
-            v = torch.cholesky_solve(right[..., None], factor)[..., 0]
-        u = (r - (plan @ v[..., None])[..., 0]) / rows
-        return weighted - plan * (u[..., :, None] + v[..., None, :]), None, None
+        largest = plan.argmax(-1, keepdim=True)
+        centred = gradient - gradient.gather(-1, largest)
+        by_row = plan / plan.sum(-1, keepdim=True)
+        r, c = (by_row * centred).sum(-1), (plan * centred).sum(-2)
+        right = c - (plan.mT @ r[..., None])[..., 0]
+        links = plan.mT @ by_row
+        links.diagonal(dim1=-2, dim2=-1).zero_()
+        degrees = links.sum(-1).clamp_min(torch.finfo(plan.dtype).tiny)
+        root = degrees.sqrt()
+        null = root / root.norm(dim=-1, keepdim=True)
+        system = null[..., :, None] * null[..., None, :] - links / root[..., :, None] / root[..., None, :]
+        # The ridge keeps the solve finite where the graph falls apart.
+        system.diagonal(dim1=-2, dim2=-1).add_(1 + 10 * torch.finfo(plan.dtype).eps)
+        scaled, _ = torch.linalg.solve_ex(system, (right / root)[..., None])
+        centred = centred - (scaled[..., 0] / root)[..., None, :]
+        centred = centred - centred.gather(-1, largest)
+        return plan * (centred - (by_row * centred).sum(-1, keepdim=True)), None, None

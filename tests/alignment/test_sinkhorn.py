@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,6 +148,133 @@ def test_interpolate_takes_counters_from_the_new_model():
     merged = interpolate({"n": torch.tensor(3), "w": torch.zeros(2)}, {"n": torch.tensor(7), "w": torch.ones(2)}, 0.75)
     assert int(merged["n"]) == 7
     assert torch.equal(merged["w"], torch.full((2,), 0.25))
+
+
+def test_costs_on_the_path_are_at_the_points_that_they_say():
+    """With the reference at 1 and the model at 0, the weight is its own place on the path."""
+    reference, model, place = {"w": torch.ones(())}, {"w": torch.zeros(())}, lambda weights: weights["w"]
+    assert midpoint_cost(model, reference, place) == 0.5
+    drawn = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
+    points = [float(random_point_cost(model, reference, place, generator)) for _ in range(300)]
+    assert points == [float(torch.rand((), generator=drawn)) for _ in range(300)]
+    assert min(points) < 0.05
+    assert max(points) > 0.95
+
+
+def test_l2_cost_is_the_mean_over_all_entries():
+    a = {"big": torch.randn(4, 5), "small": torch.randn(3), "count": torch.tensor(7)}
+    b = {"big": torch.randn(4, 5), "small": torch.randn(3), "count": torch.tensor(1)}
+    difference = np.concatenate([(a[name] - b[name]).numpy().ravel() for name in ("big", "small")]).astype(float)
+    assert float(l2_cost(a, b)) == pytest.approx((difference**2).mean(), rel=1e-5)
+    assert l2_cost({}, {}) == 0
+
+
+def test_history_is_the_cost_of_hard_permutations_throughout():
+    reference, model = trained(0), trained(1)
+    seen = []
+
+    def evaluate(permuted):
+        seen.append(float(l2_cost(permuted, reference)))
+        return torch.tensor(seen[-1])
+
+    def cost(permuted):  # of another size altogether
+        return 1000 + 100 * l2_cost(permuted, reference)
+
+    alignment = sinkhorn_alignment(model, SPEC, cost, evaluate=evaluate, steps=40)
+    assert alignment.history == seen
+    assert len(seen) == 11
+    assert alignment.history[0] == pytest.approx(float(l2_cost(model, reference)))
+    assert alignment.cost == min(alignment.history) < alignment.history[0]
+
+
+@pytest.mark.parametrize(("rate", "hard"), [(1e-9, True), (0.5, False)])
+def test_converged_says_whether_the_plans_are_hard_in_the_end(rate, hard):
+    """Pulled away from the start by every step, the plans are soft when the steps are over."""
+    model = trained(0)
+    average = {name: tensor.mean(0, keepdim=True).expand_as(tensor) for name, tensor in model.items()}
+    alignment = sinkhorn_alignment(
+        model,
+        SPEC,
+        lambda permuted: l2_cost({"0.weight": permuted["0.weight"]}, average),
+        steps=20,
+        learning_rate=rate,
+        final_temperature=0.9 if not hard else 0.2,
+    )
+    assert alignment.converged == hard
+
+
+def test_temperature_falls_geometrically_from_step_to_step():
+    weights = trained(0)
+    seen = []
+
+    def cost(permuted):
+        seen.append(permuted["0.weight"].detach())
+        return 0 * permuted["0.weight"].sum()
+
+    sinkhorn_alignment(
+        weights,
+        SPEC,
+        cost,
+        evaluate=lambda _: torch.zeros(()),
+        steps=4,
+        learning_rate=1e-9,
+        final_temperature=0.3,
+    )
+    rebasin = SinkhornRebasin(SPEC).train()
+    for step, soft in enumerate(seen, 1):
+        rebasin.temperature = 0.3 ** (step / 4)
+        torch.testing.assert_close(soft, rebasin(weights)["0.weight"].detach())
+    assert len(seen) == 4
+
+
+def test_residual_decays_where_the_cost_does_not_ask_for_it():
+    residual = {"0.bias": torch.ones(16, requires_grad=True)}
+    alignment = sinkhorn_alignment(
+        trained(0),
+        SPEC,
+        lambda permuted: 0 * (permuted["0.bias"] + residual["0.bias"]).sum(),
+        evaluate=lambda _: residual["0.bias"].sum(),
+        steps=20,
+        residual=residual,
+        residual_learning_rate=0.5,
+        residual_weight_decay=0.1,
+    )
+    torch.testing.assert_close(alignment.residual["0.bias"], torch.full((16,), 0.95**20))
+
+
+def test_residual_returned_is_that_of_the_best_candidate():
+    """The cost drives the residual up, which the evaluation likes until it is 0.0115."""
+    residual = {"0.bias": torch.zeros(16, requires_grad=True)}
+    alignment = sinkhorn_alignment(
+        trained(0),
+        SPEC,
+        lambda permuted: (permuted["0.bias"] - residual["0.bias"]).sum(),
+        evaluate=lambda _: (residual["0.bias"][0] - 0.0115).abs(),
+        steps=40,
+        residual=residual,
+        residual_learning_rate=1.0,
+        residual_weight_decay=0.0,
+    )
+    torch.testing.assert_close(alignment.residual["0.bias"], torch.full((16,), 0.012), rtol=0, atol=1e-6)
+    torch.testing.assert_close(residual["0.bias"].detach(), torch.full((16,), 0.04))
+
+
+def test_costs_that_are_not_finite_teach_nothing_and_are_never_the_best():
+    reference, model = trained(0), trained(1)
+    calls = iter(range(100))
+
+    def cost(permuted):
+        return l2_cost(permuted, reference) * (float("nan") if next(calls) % 3 == 0 else 1.0)
+
+    candidates = iter(range(100))
+
+    def evaluate(permuted):
+        return l2_cost(permuted, reference) * (float("nan") if next(candidates) % 2 == 0 else 1.0)
+
+    alignment = sinkhorn_alignment(model, SPEC, cost, evaluate=evaluate, steps=60, learning_rate=0.5)
+    assert alignment.history[0] == float("inf")
+    assert alignment.cost == min(alignment.history) < float(l2_cost(model, reference))
 
 
 def test_errors():

@@ -1,11 +1,15 @@
+import warnings
 from itertools import pairwise, permutations
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import quadratic_assignment
 from torch import nn
 
-from lit_rebasin import permutation_spec, permute, weight_matching
+from lit_rebasin import PermutationSpec, permutation_spec, permute, weight_matching
 from lit_rebasin.alignment import l2_cost
+from lit_rebasin.alignment.weights import restrict
 from lit_rebasin.symmetry import invert
 
 
@@ -59,3 +63,128 @@ def test_networks_of_another_architecture():
         weight_matching(weights(mlp(0)), weights(mlp(0, (5, 8, 7, 3))), spec)
     with pytest.raises(ValueError, match=r"'4.weight' that the reference lacks"):
         weight_matching(weights(mlp(0)), weights(mlp(0, (5, 6, 7))), spec)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4, 1e8])
+def test_scale_of_the_weights_plays_no_part(scale):
+    ours, reference = weights(mlp(0)), weights(mlp(1))
+    spec = permutation_spec(mlp(0), torch.randn(2, 5))
+    plain = weight_matching(ours, reference, spec)
+    scaled = weight_matching(
+        *({name: scale * tensor.double() for name, tensor in w.items()} for w in (ours, reference)), spec
+    )
+    assert plain.moved > 0
+    assert scaled.converged
+    assert len(scaled.history) == len(plain.history)
+    assert all(torch.equal(scaled.permutations[name], p) for name, p in plain.permutations.items())
+
+
+def test_a_small_layer_beside_a_large_one_is_matched_too():
+    """The least gain that counts is relative to the group's own tensors, not to those of the whole network."""
+    reference = weights(mlp(0, (4, 6, 6, 6, 3)))
+    reference = {n: t.double() * (1e-5 if n[0] in "02" else 1e4 if n[0] == "6" else 1) for n, t in reference.items()}
+    spec = permutation_spec(mlp(0, (4, 6, 6, 6, 3)), torch.randn(2, 4))
+    first = next(name for name, group in spec.groups.items() if any(axis.tensor == "0.weight" for axis in group.axes))
+    planted = {**spec.identity(), first: torch.tensor([3, 1, 5, 0, 2, 4])}
+    alignment = weight_matching(permute(reference, spec, planted), reference, spec)
+    assert torch.equal(alignment.permutations[first], invert(planted)[first])
+
+
+def test_order_of_the_groups_is_drawn_from_the_seed():
+    """Coordinate descent ends where its order takes it; a fixed order would end in one place."""
+    widths = (5, 8, 8, 8, 8, 3)
+    ours, reference = weights(mlp(0, widths)), weights(mlp(1, widths))
+    spec = permutation_spec(mlp(0, widths), torch.randn(2, 5))
+    assert len({round(weight_matching(ours, reference, spec, seed=seed).cost, 9) for seed in range(10)}) > 1
+
+
+def test_parameters_that_require_gradients_are_read_without_a_warning():
+    model, reference = mlp(0), mlp(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weight_matching(
+            dict(model.named_parameters()),
+            dict(reference.named_parameters()),
+            permutation_spec(model, torch.randn(2, 5)),
+        )
+
+
+def test_restrict_leaves_out_the_axes_of_tensors_that_are_not_there():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+    spec = permutation_spec(model.eval(), torch.randn(3, 4))
+    (name,) = spec.groups
+    assert "1.running_var" in {axis.tensor for axis in spec.groups[name].axes}
+    left = {axis.tensor for axis in restrict(spec, weights(model)).groups[name].axes}
+    assert left == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight"}
+    alignment = weight_matching({"other": torch.ones(2)}, {"other": torch.zeros(2)}, spec)
+    assert torch.equal(alignment.permutations[name], torch.arange(5))
+    assert alignment.cost == 1
+
+
+def recurrent(seed, size, *, edges=True):
+    """An Elman layer, whose hidden units lie on both dimensions of one matrix, and the spec of it."""
+    torch.manual_seed(seed)
+    tensors = {"hidden": torch.randn(size, size)}
+    axes = {"hidden": ("h", "h")}
+    if edges:
+        tensors |= {"input": torch.randn(size, 2), "output": torch.randn(2, size)}
+        axes |= {"input": ("h", None), "output": (None, "h")}
+    return tensors, PermutationSpec.from_axes(axes, tensors)
+
+
+def test_group_on_both_axes_is_near_the_best_of_all():
+    """A step of a linear assignment need not improve there: against all permutations of 6 units."""
+    shares, optimal = [], 0
+    for seed in range(20):
+        (ours, spec), (reference, _) = recurrent(seed, 6), recurrent(seed + 100, 6)
+        every = [float(l2_cost(permute(ours, spec, {"h": torch.tensor(p)}), reference)) for p in permutations(range(6))]
+        alignment = weight_matching(ours, reference, spec)
+        assert all(b <= a for a, b in pairwise(alignment.history))
+        found = float(l2_cost(permute(ours, spec, alignment.permutations), reference))
+        assert alignment.cost == pytest.approx(found, rel=1e-5)
+        assert alignment.converged
+        optimal += found <= min(every) + 1e-5
+        shares.append((found - min(every)) / (sum(every) / len(every) - min(every)))
+    assert optimal >= 5
+    assert sum(shares) / len(shares) < 0.2  # of the way from the best to the average permutation
+
+
+def test_group_on_both_axes_equals_frank_wolfe_of_scipy():
+    for seed in range(10):
+        (ours, spec), (reference, _) = recurrent(seed, 8, edges=False), recurrent(seed + 100, 8, edges=False)
+        theirs = quadratic_assignment(
+            reference["hidden"].double().numpy(),
+            ours["hidden"].double().numpy(),
+            options={
+                "maximize": True,
+                "P0": torch.eye(8).double().numpy(),
+                "tol": 1e-9,
+                "rng": np.random.default_rng(0),
+            },
+        )
+        cost = float(l2_cost(permute(ours, spec, {"h": torch.tensor(theirs.col_ind)}), reference))
+        assert weight_matching(ours, reference, spec).cost <= cost + 1e-5
+
+
+def test_recovers_a_planted_permutation_of_a_recurrent_layer():
+    reference, spec = recurrent(0, 32)
+    planted = spec.random()
+    alignment = weight_matching(permute(reference, spec, planted), reference, spec)
+    assert torch.equal(alignment.permutations["h"], invert(planted)["h"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_runs_where_gradients_are_off(mode):
+    (ours, spec), (reference, _) = recurrent(0, 8), recurrent(100, 8)
+    expected = weight_matching(ours, reference, spec)
+    with mode():
+        assert weight_matching(ours, reference, spec).history == expected.history
+
+
+def test_no_step_that_does_not_improve_is_taken():
+    """Here the third search ends in a plan whose nearest permutation is worse than where it began."""
+    (ours, spec), (reference, _) = recurrent(13, 8), recurrent(113, 8)
+    alignment = weight_matching(ours, reference, spec)
+    assert alignment.converged
+    assert len(alignment.history) == 4
+    assert all(b <= a for a, b in pairwise(alignment.history))

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lit_rebasin import LinearPath
-from lit_rebasin.merging import has_batch_norm, line_search, reestimate_batch_norm
+from lit_rebasin.merging import NoFiniteLossError, PathLosses, has_batch_norm, line_search, reestimate_batch_norm
 
 PREVIOUS, NEW = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
 
@@ -35,8 +35,6 @@ def test_line_search_on_a_quadratic_and_ties():
     path = LinearPath({"w": torch.tensor([1.0])}, {"w": torch.tensor([0.0])})
     assert line_search(path.losses(lambda weights: (weights["w"][0] - 0.35) ** 2)) == pytest.approx(0.35)
     assert line_search(path.losses(lambda weights: 0.0)) == 1.0
-    with pytest.raises(ValueError, match="NaN"):
-        line_search(path.losses(lambda weights: float("nan")))
 
 
 def test_statistics_equal_those_of_the_data():
@@ -65,3 +63,43 @@ def test_too_few_points_and_other_architecture():
         LinearPath(PREVIOUS, NEW).losses(lambda weights: 0.0, points=2)
     with pytest.raises(ValueError, match="'w' has shape"):
         LinearPath({"w": torch.zeros(3)}, NEW)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.3, 0.7, 0.9, 1.0])
+def test_path_is_exact_where_both_ends_are_equal(alpha, dtype):
+    """A frozen layer or a mask must not drift over many merges."""
+    same = torch.randn(1000).to(dtype)
+    same[:3] = torch.tensor([float("inf"), -float("inf"), 0.0])
+    assert torch.equal(LinearPath({"w": same.clone()}, {"w": same}).at(alpha)["w"], same)
+
+
+def test_ends_are_exact_at_any_scale():
+    previous, new = torch.randn(1000) * 1e6, torch.randn(1000)
+    path = LinearPath({"w": previous}, {"w": new})
+    assert torch.equal(path.at(1.0)["w"], previous)
+    assert torch.equal(path.at(0.0)["w"], new)
+    middle = 0.7 * previous.double() + 0.3 * new.double()
+    torch.testing.assert_close(path.at(0.7)["w"].double(), middle, rtol=1e-6, atol=0.1)
+
+
+def test_path_passes_gradients_to_both_ends_also_where_they_are_equal():
+    previous, new = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    LinearPath({"w": previous}, {"w": new}).at(0.8)["w"].sum().backward()
+    torch.testing.assert_close(previous.grad, torch.full((3,), 0.8))
+    torch.testing.assert_close(new.grad, torch.full((3,), 0.2))
+
+
+def losses_of(*values):
+    return PathLosses(torch.linspace(0, 1, len(values), dtype=torch.float64), torch.tensor(values, dtype=torch.float64))
+
+
+def test_line_search_never_chooses_a_loss_that_is_not_finite():
+    nan, inf = float("nan"), float("inf")
+    assert line_search(losses_of(2.0, nan, 1.0, inf, 3.0)) == 0.5
+    assert line_search(losses_of(nan, nan, nan, nan, 3.0)) == 1.0
+    assert line_search(losses_of(2.0, 1.0, -inf, 1.5, nan)) == 0.25
+    for values in ((nan, nan, nan), (inf, nan, inf)):
+        with pytest.raises(NoFiniteLossError, match="Every loss along the path is NaN or infinite"):
+            line_search(losses_of(*values))
+    assert issubclass(NoFiniteLossError, ValueError)
