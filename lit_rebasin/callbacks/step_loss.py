@@ -95,11 +95,14 @@ class StepLoss(nn.Module):
 
     def at(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss of the given weights on a batch, differentiable in the weights."""
+        with self._attributes_kept():
+            return self._at(weights, batch)
+
+    def _at(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         buffers = {name for name, _ in self.module.named_buffers()}
         # BatchNorm writes to its buffers, and takes none that carry a gradient: it must get copies.
         chosen = {f"module.{n}": tensor.detach().clone() if n in buffers else tensor for n, tensor in weights.items()}
-        with self._attributes_kept():
-            return functional_call(self, chosen, (batch,))
+        return functional_call(self, chosen, (batch,))
 
     def mean(self, weights: Mapping[str, Tensor], batches: list[Any]) -> tuple[Tensor, dict[str, float]]:
         """Return the mean loss over some batches without gradients, and the means of what ``training_step`` logs."""
@@ -107,10 +110,10 @@ class StepLoss(nn.Module):
         metrics = {id(m): m for m in self.module.modules() if isinstance(m, Metric)}
         for metric in metrics.values():
             metric.reset()
-        with torch.no_grad():
+        with torch.no_grad(), self._attributes_kept():
             for batch in batches:
                 self.logged = {}
-                losses.append(self.at(weights, batch))
+                losses.append(self._at(weights, batch))
                 logs.append(self.logged)
         means: dict[str, float] = {}
         for name, last in logs[-1].items():

@@ -1,6 +1,7 @@
 """Symmetries that several traces of the same weights agree on."""
 
 from collections.abc import Sequence
+from itertools import chain, count
 
 from lit_rebasin.symmetry.spec import UNREAD, Axis, Group, PermutationSpec
 
@@ -37,7 +38,8 @@ def _both(first: PermutationSpec, second: PermutationSpec) -> PermutationSpec:
                 continue
             axes = dict.fromkeys([*group.axes, *(axis for partner in partners for axis in partner.axes)])
             if not any(set(axes) <= set(known.axes) for known in groups.values()):
-                name = next(n for n in (group.name, *(f"{group.name}#{k}" for k in range(2, 10**6))) if n not in groups)
+                names = chain([group.name], (f"{group.name}#{k}" for k in count(2)))
+                name = next(name for name in names if name not in groups)
                 groups[name] = Group(name, group.size, tuple(axes))
     moved = {str(axis) for group in groups.values() for axis in group.axes}
     for axis in {**first.fixed, **second.fixed, **fixed}:
