@@ -5,7 +5,7 @@ Atoms are joined by binding one to what it turned out to be (union-find), taken 
 symmetries, never correctness.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lit_rebasin.symmetry.factors import (
@@ -26,6 +26,15 @@ from lit_rebasin.symmetry.factors import (
 
 # Splits into more parts than this are never tracked part by part: packed projections have 2 to 6 parts.
 _LARGEST_INDEX = 16
+
+
+def _plain(dim: Dim) -> Iterator[Atom]:
+    """Yield the atoms that stand for the whole of a position along a dimension: none of those inside a concatenation."""
+    for factor in dim:
+        if isinstance(factor, Atom):
+            yield factor
+        elif isinstance(factor, Family):
+            yield from dict.fromkeys(atom for part in factor.parts for atom in _plain(part))
 
 
 @dataclass
@@ -138,13 +147,26 @@ class Algebra:
     def close(self, dims: Dims) -> Dims:
         """Tie the parts of families whose index is no longer along any of the dimensions."""
         dims = [resolve(dim) for dim in dims]
-        there = {atom for dim in dims for atom in atoms_of(dim)}
+        met = [atom for dim in dims for atom in _plain(dim)]
+        there = {atom for atom in met if met.count(atom) == 1}
         while dangling := set().union(*map(indices_of, dims)) - there:
             index = dangling.pop()
             for dim in dims:
                 self._tie(dim, index)
             dims = [resolve(dim) for dim in select_part(dims, index, 0)]
         return dims
+
+    def tie(self, dims: Dims, along: set[int]) -> Dims:
+        """Tie the parts of families over what lies along some dimensions, in the other dimensions."""
+        indices = {atom for k in along for atom in atoms_of(resolve(dims[k]))}
+        found = [resolve(dim) for dim in dims]
+        others = [k for k in range(len(dims)) if k not in along]
+        for index in set().union(*(indices_of(found[k]) for k in others)) & indices:
+            for k in others:
+                self._tie(found[k], index)
+            for k, dim in zip(others, select_part([found[k] for k in others], index, 0), strict=True):
+                found[k] = resolve(dim)
+        return found
 
     def _tie(self, dim: Dim, index: Atom) -> None:
         for factor in resolve(dim):

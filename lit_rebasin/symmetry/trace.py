@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lit_rebasin.symmetry.algebra import Algebra
-from lit_rebasin.symmetry.factors import Atom, Dim, Dims, Factor, size_of
+from lit_rebasin.symmetry.factors import Atom, Dim, Dims, Factor, indices_of, reindex, resolve, size_of
 from lit_rebasin.symmetry.registry import find_rule
+from lit_rebasin.symmetry.writes import is_region, written_nodes
 
 _CREATION = {
     f"aten::{name}"
@@ -36,7 +37,7 @@ class Trace:
     Attributes:
         shape: Shape of the output of the operator at hand (a list of shapes if it has several).
         node: The operator's node in the exported graph.
-        consumed: The dimensions of all that some operator computes with, and does not only take a view of.
+        used: The dimensions of what each operator that is no view reads, and of what it makes.
     """
 
     def __init__(self, algebra: Algebra, weights: dict[str, Dims]) -> None:
@@ -45,7 +46,7 @@ class Trace:
         self.values: dict[Node, Any] = {}
         self.node: Node
         self.shape: Any = ()
-        self.consumed: Dims = []
+        self.used: list[tuple[list[Dims], list[Dims]]] = []
         self._written: set[Node] = set()
         self._fresh = 0
 
@@ -95,6 +96,17 @@ class Trace:
         """Return the first ``at`` entries of a dimension, and the rest."""
         return self.algebra.cut(dim, at)
 
+    def mixed(self, x: Dims, *along: int) -> Dims:
+        """Return the dimensions of ``x`` after its entries along some of them have been combined or moved.
+
+        Permutations of the other dimensions then must not differ from entry to entry.
+        """
+        return self.algebra.tie(x, {dim % len(x) for dim in along}) if x else x
+
+    def reach(self, *dims: Dim) -> None:
+        """Say that the operator computes with some dimensions, even where it passes them on."""
+        self.used.append(([list(dims)], []))
+
     def uses(self, output: int) -> bool:
         """Return whether the graph reads this one of the operator's outputs."""
         readers = (user for user in self.node.users if user.users)
@@ -104,7 +116,7 @@ class Trace:
 
     def walk(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
         """Follow a graph from the values of its placeholders, in order, to those of its outputs."""
-        self._written |= _written_creations(graph)
+        self._written |= written_nodes(graph)
         placeholders = iter(inputs)
         for node in graph.graph.nodes:
             if node.op == "placeholder":
@@ -130,7 +142,7 @@ class Trace:
         args, kwargs = pytree.tree_map(self._read, (node.args, node.kwargs))
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if str(node.target).startswith("wrap_with_"):  # such as a torch.no_grad() inside the model
+        if is_region(node):
             body = next(k for k, value in enumerate(args) if isinstance(value, GraphModule))
             result = self.walk(args[body], args[body + 1 :])
             self.node = node
@@ -145,9 +157,10 @@ class Trace:
                 f"{_name_of(node)} in {_module_of(node)} gives an output whose shape depends on data, which cannot be traced. "
                 "A spec can be written by hand with PermutationSpec.from_axes."
             )
-        if not getattr(node.target, "is_view", False):
-            self.consumed.extend(dim for dims in _tensors_in((args, kwargs)) for dim in dims)
+        args, kwargs = self._apart((args, kwargs), set())
         result = self._apply(node, args, kwargs)
+        if not getattr(node.target, "is_view", False):
+            self.used.append((_tensors_in((args, kwargs)), _tensors_in(result)))
         if result is NotImplemented or not _fits(result, value):
             return self._fix_all((args, kwargs), value, f"{_name_of(node)} has no rule for this use")
         if isinstance(value, Tensor):
@@ -155,6 +168,18 @@ class Trace:
             return Uniform(closed) if self._is_uniform(node, args, kwargs) else closed
         pieces = [self.algebra.close(dims) for dims in result]
         return [Uniform(dims) for dims in pieces] if self._is_uniform(node, args, kwargs) else pieces
+
+    def _apart(self, value: Any, met: set[Atom]) -> Any:
+        """Give every operand indices of its own: only broadcasting can tell which lie on one another."""
+        if is_dims(value):
+            for index in set().union(*(indices_of(resolve(dim)) for dim in value)):
+                if index in met:
+                    value = type(value)(reindex(value, index, Atom("", index.size, index.reason)))
+            met |= set().union(*(indices_of(resolve(dim)) for dim in value))
+            return value
+        if type(value) in (list, tuple):
+            return type(value)([self._apart(part, met) for part in value])
+        return {name: self._apart(part, met) for name, part in value.items()} if type(value) is dict else value
 
     def _apply(self, node: Node, args: Any, kwargs: Any) -> Any:
         rule = find_rule(node.target)
@@ -236,17 +261,4 @@ def _attribute(graph: GraphModule, target: Any) -> Any:
     found: Any = graph
     for part in str(target).split("."):
         found = getattr(found, part)
-    return found
-
-
-def _written_creations(graph: GraphModule) -> set[Node]:
-    """Return the nodes that something later writes to in place, directly or through a view."""
-    found = set()
-    for node in graph.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            base = node
-            while base.op == "call_function" and base.args and isinstance(base.args[0], Node):
-                base = base.args[0]
-                found.add(base)
     return found

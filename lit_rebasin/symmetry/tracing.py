@@ -1,5 +1,6 @@
 """Find the permutation symmetries of a module by following its exported graph."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -72,7 +73,7 @@ def _follow(programs: list[ExportedProgram], algebra: Algebra) -> tuple[dict[str
     """Walk all graphs with the same weights; return the weights' dimensions, and the names of those that are read."""
     weights: dict[str, Dims] = {}
     read: set[str] = set()
-    consumed: Dims = []
+    used: list[tuple[list[Dims], list[Dims]]] = []
     for program in programs:
         trace = Trace(algebra, weights)
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -82,22 +83,29 @@ def _follow(programs: list[ExportedProgram], algebra: Algebra) -> tuple[dict[str
         outputs = trace.walk(
             program.graph_module, [_input(trace, program, spec, node.meta.get("val")) for spec, node in specs]
         )
-        consumed += trace.consumed
+        used += trace.used
         for spec, dims in zip(program.graph_signature.output_specs, outputs, strict=True):
             if spec.kind is OutputKind.USER_OUTPUT and is_dims(dims):
                 for dim in dims:
                     algebra.fix(dim, "the network's output")
-    _fix_unreached(weights, consumed)
+    _fix_unreached(weights, used)
     return weights, read
 
 
-def _fix_unreached(weights: dict[str, Dims], consumed: Dims) -> None:
-    """Fix entries that nothing computes with, such as the positions beyond the example's length: another input may reach them."""
-    reached = {atom for dim in consumed for atom in atoms_of(resolve(dim))}
-    for dims in weights.values():
-        for atom in atoms_of(factor for dim in dims for factor in resolve(dim)):
-            if atom not in reached and atom.reason is None:
-                atom.reason = "entries that the example input does not reach"
+def _fix_unreached(weights: dict[str, Dims], used: list[tuple[list[Dims], list[Dims]]]) -> None:
+    """Fix entries that nothing computes with, such as the positions beyond the example's length: another input may reach them.
+
+    What an operator reads and does not pass on, such as the dimension that it sums over, is reached; what it passes on may be cut off later.
+    """
+    reached: set[Atom] = set()
+    for read, made in used:
+        reached |= _atoms(read) - _atoms(made)
+    for atom in _atoms(weights.values()) - reached:
+        atom.reason = atom.reason or "entries that the example input does not reach"
+
+
+def _atoms(tensors: Iterable[Dims]) -> set[Atom]:
+    return {atom for dims in tensors for dim in dims for atom in atoms_of(resolve(dim))}
 
 
 def _input(trace: Trace, program: ExportedProgram, spec: Any, value: Any) -> Any:

@@ -45,17 +45,14 @@ def _write(trace: Trace, x: Dims, *values: Any) -> Dims:
     aten.type_as,
     aten.view_as_real_copy,
 )
-@rule(
-    aten.softmax,
-    aten.log_softmax,
-    aten._softmax,
-    aten._log_softmax,
-    aten._safe_softmax,
-    aten.bernoulli_,
-    aten.requires_grad_,
-)
+@rule(aten.bernoulli_, aten.requires_grad_)
 def _same(trace: Trace, x: Dims, *rest: Any, **options: Any) -> Dims:
     return x
+
+
+@rule(aten.softmax, aten.log_softmax, aten._softmax, aten._log_softmax, aten._safe_softmax)
+def _softmax(trace: Trace, x: Dims, dim: int, *rest: Any, **options: Any) -> Dims:
+    return trace.mixed(x, dim)
 
 
 @rule(aten._assert_tensor_metadata, aten._assert_async)
@@ -165,25 +162,25 @@ def _extreme(trace: Trace, x: Dims, dim: int, keepdim: bool = False) -> list[Dim
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp)
 def _ordered(trace: Trace, x: Dims, dim: int, **options: Any) -> Dims:
     trace.fix(x[dim])
-    return x
+    return trace.mixed(x, dim)
 
 
 @rule(aten.flip)
 def _flip(trace: Trace, x: Dims, dims: Any) -> Dims:
     trace.fix(*(x[dim] for dim in dims))
-    return x
+    return trace.mixed(x, *dims)
 
 
 @rule(aten.roll)
 def _roll(trace: Trace, x: Dims, shifts: Any, dims: Any = ()) -> Dims:
     trace.fix(*(x[dim] for dim in dims or range(len(x))))
-    return x
+    return trace.mixed(x, *(dims or range(len(x))))
 
 
 @rule(aten.tril, aten.triu, aten.tril_, aten.triu_)
 def _triangle(trace: Trace, x: Dims, *diagonal: int) -> Dims:
     trace.fix(x[-1], x[-2])
-    return x
+    return trace.mixed(x, -1, -2)
 
 
 @rule(aten.argmax, aten.argmin)
@@ -205,7 +202,7 @@ def _glu(trace: Trace, x: Dims, dim: int = -1) -> Dims:
 def _classes(
     trace: Trace, x: Dims, target: Dims, weight: Any = None, reduction: int = 1, *rest: Any, **options: Any
 ) -> Any:
-    trace.fix(x[min(1, len(x) - 1)], *target, *(weight or []), reason="the classes of a loss")
+    trace.fix(*x, *target, *(weight or []), reason="the classes of a loss")
     return [] if trace.shape == () else NotImplemented
 
 

@@ -22,6 +22,7 @@ def _per_channel(trace: Trace, x: Dims, *rest: Any, **options: Any) -> Any:
     for vector in rest[:4]:
         if is_dims(vector):
             trace.unify(x[1], vector[0])
+    x = trace.mixed(x, *(k for k in range(len(x)) if k != 1))
     return x if isinstance(trace.shape, tuple) and all(isinstance(n, int) for n in trace.shape) else NotImplemented
 
 
@@ -37,7 +38,7 @@ def _layer_norm(
     for affine in (weight, bias):
         if affine is not None:
             trace.broadcast(x[len(x) - len(shape) :], affine)
-    return x
+    return trace.mixed(x, *range(len(x) - len(shape), len(x)))
 
 
 @rule(aten.group_norm)
@@ -56,7 +57,7 @@ def _group_norm(
     for affine in (weight, bias):
         if affine is not None:
             trace.unify(x[1], affine[0])
-    return x
+    return trace.mixed(x, *range(1, len(x)))
 
 
 @rule(aten._weight_norm)

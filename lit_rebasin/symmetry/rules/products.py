@@ -19,13 +19,21 @@ def _linear(trace: Trace, x: Dims, weight: Dims, bias: Any = None) -> Dims:
     return [*x[:-1], *weight[:-1]]
 
 
-@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot, aten.inner)
+@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot)
 def _matmul(trace: Trace, a: Dims, b: Dims) -> Dims:
     inner = b[-1] if len(b) == 1 else b[-2]
     batches = [dims[:-2] for dims in (a, b) if len(dims) > 2]
     aligned = trace.broadcast(*batches) if batches else []
     trace.unify(a[-1], inner)
     return [*aligned, *(a[-2:-1] if len(a) > 1 else []), *(b[-1:] if len(b) > 1 else [])]
+
+
+@rule(aten.inner)
+def _inner(trace: Trace, a: Dims, b: Dims) -> Any:
+    if not a or not b:
+        return NotImplemented
+    trace.unify(a[-1], b[-1])
+    return [*a[:-1], *b[:-1]]
 
 
 @rule(aten.addmm, aten.baddbmm, aten.addmv)
@@ -171,7 +179,7 @@ def _attention(
         trace.unify(query[-3], (*outer, *inner))
         for dims in (key, value):
             trace.unify(dims[-3], outer)
-        batch = query[:-2]
+        batch = [*trace.broadcast(query[:-3], key[:-3], value[:-3]), query[-3]]
     else:
         batch = trace.broadcast(query[:-2], key[:-2], value[:-2])
     trace.unify(query[-1], key[-1])

@@ -24,6 +24,7 @@ def _cell(
         trace.unify(weight[0], (*trace.fixed(gates)[0], *units))
     trace.unify(w_input[1], x)
     trace.unify(w_hidden[1], hidden)
+    trace.reach(units, hidden)
     return units
 
 
@@ -49,7 +50,9 @@ def _layers(
                 trace.unify(projection[1], found)
             for state, dim in zip(states, (hidden, found), strict=False):
                 if not isinstance(state, Uniform):
-                    trace.unify(select(trace, state, 0, k)[-1], dim)
+                    first = select(trace, state, 0, k)
+                    trace.unify(first[-1], dim)
+                    trace.fix(*first[:-1], reason="a position in a sequence")
             ends.append(hidden)
             hiddens.append(hidden)
             units.append(found)
@@ -83,7 +86,7 @@ def _lstm_cell(trace: Trace, x: Dims, states: list[Dims], *params: Any) -> Any:
     weights = [param for param in params if param is not None]
     units = _cell(trace, x[-1], states[0][-1], iter(weights), 4, len(weights) == 4, states[0][-1])
     trace.unify(units, states[1][-1])
-    found = [*trace.broadcast(x[:-1], states[0][:-1]), units]
+    found = [*trace.broadcast(x[:-1], *(state[:-1] for state in states)), units]
     return [found, list(found)]
 
 

@@ -58,7 +58,12 @@ def _transpose(trace: Trace, x: Dims, first: int, second: int) -> Dims:
     return found
 
 
-@rule(aten.t, aten.numpy_T, aten.mT, aten.t_)
+@rule(aten.numpy_T)
+def _reverse(trace: Trace, x: Dims) -> Dims:
+    return x[::-1]
+
+
+@rule(aten.t, aten.mT, aten.t_)
 def _turn(trace: Trace, x: Dims) -> Dims:
     return [*x[:-2], *reversed(x[-2:])]
 
