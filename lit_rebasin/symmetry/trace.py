@@ -177,9 +177,9 @@ class Trace:
                     value = type(value)(reindex(value, index, Atom("", index.size, index.reason)))
             met |= set().union(*(indices_of(resolve(dim)) for dim in value))
             return value
-        if type(value) in (list, tuple):
-            return type(value)([self._apart(part, met) for part in value])
-        return {name: self._apart(part, met) for name, part in value.items()} if type(value) is dict else value
+        if isinstance(value, list | tuple):
+            return [self._apart(part, met) for part in value]
+        return {name: self._apart(part, met) for name, part in value.items()} if isinstance(value, dict) else value
 
     def _apply(self, node: Node, args: Any, kwargs: Any) -> Any:
         rule = find_rule(node.target)
