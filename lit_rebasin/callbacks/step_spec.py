@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_rebasin.callbacks.step_loss import StepLoss
@@ -30,7 +31,6 @@ def step_spec(step: StepLoss, batch: Any) -> PermutationSpec:
 
     Raises:
         NoLossError: If the step gives no loss on this batch.
-        RuntimeError: If the check fails, which is a fault of this library.
     """
     with step.quiet(), torch.no_grad():
         step.loss(batch)
@@ -39,16 +39,28 @@ def step_spec(step: StepLoss, batch: Any) -> PermutationSpec:
                 spec, traced = _unprefixed(permutation_spec(_Whole(step, batch), check=False)), True
             except ValueError:
                 spec, traced = spec_of_calls(step.module, lambda: step(batch)), False
-        trial = Trial(step.module, spec, lambda weights: _seeded(step, weights, batch), seed=0)
-        expected = trial.outputs()
-        if not traced:
-            reason = "what training_step does between its calls tells the neurons apart"
-            spec = _without(spec, set(trial.culprits(expected, _TOLERANCE)), reason)
-        elif all(loss.isfinite() for loss in expected):  # the trial's weights need not give a loss that can be compared
-            trial.check(expected, _TOLERANCE)
+        spec = _that_holds(step, batch, spec, traced=traced)
     frozen = {name for name, parameter in step.module.named_parameters() if not parameter.requires_grad}
     held = {name for name, group in spec.groups.items() if any(axis.tensor in frozen for axis in group.axes)}
     return _without(spec, held, "it would move a frozen parameter")
+
+
+def _that_holds(step: StepLoss, batch: Any, spec: PermutationSpec, *, traced: bool) -> PermutationSpec:
+    """Return the spec without the groups that change the loss; a training must not end for one that a trace has got wrong."""
+    while spec.groups:
+        trial = Trial(step.module, spec, lambda weights: _seeded(step, weights, batch), seed=0)
+        expected = trial.outputs()
+        if traced and not all(loss.isfinite() for loss in expected):
+            return spec  # the trial's weights need not give a loss that can be compared
+        try:
+            trial.check(expected, _TOLERANCE)
+            return spec
+        except RuntimeError as error:
+            if traced:
+                rank_zero_warn(f"{error} The groups are held in place.")
+        wrong = set(trial.culprits(expected, _TOLERANCE)) or set(spec.groups)
+        spec = _without(spec, wrong, "what training_step does tells the neurons apart")
+    return spec
 
 
 class _Whole(nn.Module):

@@ -2,7 +2,8 @@
 
 Atoms are joined by binding one to what it turned out to be (union-find), taken apart by `Algebra.split` (``view``) and `Algebra.cut`
 (``chunk``), and fixed with a reason. Every step only ever shrinks the set of permutations that the identities allow: a step too many costs
-symmetries, never correctness.
+symmetries, never correctness. What rules have to see to is that a dimension that they return is the one that they read, entry by entry
+(else `Trace.mixed`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

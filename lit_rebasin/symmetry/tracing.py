@@ -34,7 +34,8 @@ def permutation_spec(
 
     Args:
         model: Any module whose forward has no branch that depends on data.
-        *example_inputs: Inputs of one forward pass.
+        *example_inputs: Inputs of one forward pass, with at least two entries along every dimension that may be longer; the spec holds for the
+            sizes and the branches that they stand for.
         check: Whether to permute every group at random and compare outputs (`check_invariance`) before the spec is returned.
         **example_kwargs: Keyword inputs of the same.
 

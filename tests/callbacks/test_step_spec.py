@@ -13,6 +13,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 from lit_rebasin import permute
 from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
 from lit_rebasin.callbacks.step_spec import step_spec
+from lit_rebasin.symmetry import rule
 
 from .user_code import UserModule, make_trainer
 
@@ -215,3 +216,22 @@ def test_a_loss_that_is_not_finite_for_the_trial(tmp_path):
 
     module = Step(step, net=mlp(), level=nn.Parameter(torch.full((64,), 1e-30).index_fill(0, torch.tensor(0), 1.0)))
     assert len(step_spec(attached(tmp_path, module), (X, Y)).groups) == 3  # the levels are alike, too
+
+
+def test_group_that_a_trace_gets_wrong_is_held_and_the_training_goes_on(tmp_path):
+    @torch.library.custom_op("lit_rebasin_tests::slope", mutates_args=())
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.arange(x.shape[-1])
+
+    slope.register_fake(torch.empty_like)
+    rule(torch.ops.lit_rebasin_tests.slope)(lambda trace, x: x)  # wrong
+
+    def step(m, batch):
+        hidden = torch.ops.lit_rebasin_tests.slope(m.first(batch[0]))
+        return cross_entropy(m.net(hidden), batch[1])
+
+    module = Step(step, first=nn.Linear(6, 6), net=mlp())
+    with pytest.warns(UserWarning, match=r"Groups at fault: first: .* The groups are held in place"):
+        spec = step_spec(attached(tmp_path, module), (X, Y))
+    assert len(spec.groups) == 2
+    assert "tells the neurons apart" in spec.fixed["first.weight[0]"]
