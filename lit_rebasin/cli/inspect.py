@@ -152,10 +152,10 @@ def _build(path: str, target: Any, words: list[str]) -> nn.Module:
     torch.manual_seed(0)
     try:
         given = parser.parse_args(words, defaults=False)  # the defaults that it reads off a function can be wrong
-        made = vars(parser.instantiate(given).get("model", Namespace()))
     except (argparse.ArgumentError, TypeError) as error:
         raise UsageError(str(error)) from None
     try:
+        made = vars(parser.instantiate(given).get("model", Namespace()))
         model = target if isinstance(target, nn.Module) else target(**made)
     except Exception as error:  # whatever the user's code does
         raise UsageError(f"{path} cannot be made: {_words(error)}") from None
