@@ -10,6 +10,7 @@ from importlib import import_module
 from inspect import isclass
 from pathlib import Path
 from time import perf_counter
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ from lit_rebasin.symmetry import Axis, PermutationSpec, check_invariance, permut
 
 # Axes that are named in a row of the table of what is fixed; --json names all.
 _SHOWN = 4
+
+# Where checkpoints keep their weights, and what parallel training puts before the name of each.
+_WEIGHTS = ("state_dict", "model", "model_state_dict")
+_WRAPPER = "module."
+
+# Advice of the Python functions for which the command has no words.
+_FROM_AXES = " A spec can be written by hand with PermutationSpec.from_axes."
+_UNCHECKED = ", or pass check=False to permutation_spec"
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ def run_inspect(arguments: Sequence[str]) -> None:
     if options.figure is not None:
         _draw(found, model, options.figure)
     if options.json:
-        print(found.to_json())
+        Console().out(found.to_json(), highlight=False)  # unlike print, it ends quietly when head closes the pipe
     else:
         _print(found)
 
@@ -95,18 +104,42 @@ def _imported(path: str) -> Any:
     """Return a class, a function or a module instance by its import path; modules of the current folder are found as well."""
     if "" not in sys.path:
         sys.path.insert(0, "")
+    if path.startswith(".") or Path(path).name != path or Path(path).is_file():
+        raise UsageError(f"give the import path of a network, such as mine.Net for Net in mine.py, not {path}")
     module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(
-            f"there is no network {path!r} ({error}); give an import path such as torchvision.models.resnet50"
-        ) from None
+    found = _attribute(path, _module(path, module), name)
     if not isinstance(found, nn.Module) and not callable(found):
         raise UsageError(
             f"{path} is of type {type(found).__name__}, not a torch.nn.Module or a function that makes one"
         )
     return found
+
+
+def _module(path: str, module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file does
+        # A package that the file itself imports is missing in another way than the file.
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if missing or not module:
+            raise _no_network(path, error if module else "it names no module") from None
+        raise UsageError(f"importing {module} failed: {_words(error)}") from None
+
+
+def _attribute(path: str, module: ModuleType, name: str) -> Any:
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise _no_network(path, error) from None
+
+
+def _no_network(path: str, why: object) -> UsageError:
+    return UsageError(f"there is no network {path!r} ({why}); give an import path such as torchvision.models.resnet50")
+
+
+def _words(error: BaseException) -> str:
+    """Return an error with its kind, without which words such as 'width' of a KeyError say little."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _build(path: str, target: Any, words: list[str]) -> nn.Module:
@@ -119,10 +152,13 @@ def _build(path: str, target: Any, words: list[str]) -> nn.Module:
     torch.manual_seed(0)
     try:
         given = parser.parse_args(words, defaults=False)  # the defaults that it reads off a function can be wrong
-        made = vars(parser.instantiate(given).get("model", Namespace()))
-        model = target if isinstance(target, nn.Module) else target(**made)
     except (argparse.ArgumentError, TypeError) as error:
         raise UsageError(str(error)) from None
+    try:
+        made = vars(parser.instantiate(given).get("model", Namespace()))
+        model = target if isinstance(target, nn.Module) else target(**made)
+    except Exception as error:  # whatever the user's code does
+        raise UsageError(f"{path} cannot be made: {_words(error)}") from None
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path} makes a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -151,8 +187,12 @@ def _saved_arguments(held: dict[str, Any]) -> list[str]:
 
 
 def _load(model: nn.Module, held: dict[str, Any], file: str) -> None:
+    weights = next((held[key] for key in _WEIGHTS if isinstance(held.get(key), dict)), held)
+    wrapped = all(str(name).startswith(_WRAPPER) for name in weights)  # saved by DistributedDataParallel
+    if wrapped and not set(weights) & set(model.state_dict()):
+        weights = {name.removeprefix(_WRAPPER): value for name, value in weights.items()}
     try:
-        model.load_state_dict(held.get("state_dict", held))
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"checkpoint {file} does not hold the weights of {type(model).__name__}: {error}") from None
 
@@ -171,6 +211,8 @@ def _inputs(texts: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
                 f"--input must be [NAME=]SHAPE[:DTYPE], such as 1,3,224,224 or ids=1,16:int64, got {text!r}"
             )
         shape = [int(size) for size in match[2].split(",")]
+        if 0 in shape:
+            raise UsageError(f"--input {text} is empty; every size must be at least 1")
         continuous = dtype.is_floating_point or dtype.is_complex
         value = torch.randn(shape).to(dtype) if continuous else torch.randint(2, shape).to(dtype)
         if match[1]:
@@ -181,6 +223,30 @@ def _inputs(texts: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def _inspect(path: str, model: nn.Module, args: list[Tensor], kwargs: dict[str, Any]) -> Inspection:
+    if not list(model.parameters()):
+        raise ValueError(f"{path} has no parameters")
+    try:
+        return _found(path, model, args, kwargs)
+    except Exception as error:
+        if _runs(model, args, kwargs):
+            raise
+        why = str(error).removesuffix(_FROM_AXES).removesuffix(".")
+        raise ValueError(
+            f"{why}. {path} does not run on this input: check the shape, type and name in --input"
+        ) from None
+
+
+def _runs(model: nn.Module, args: list[Tensor], kwargs: dict[str, Any]) -> bool:
+    """Return whether a network takes these inputs at all."""
+    try:
+        with torch.no_grad():
+            model.eval()(*args, **kwargs)
+    except Exception:  # whatever the user's code does
+        return False
+    return True
+
+
+def _found(path: str, model: nn.Module, args: list[Tensor], kwargs: dict[str, Any]) -> Inspection:
     start = perf_counter()
     spec = permutation_spec(model, *args, check=False, **kwargs)
     traced = perf_counter()
@@ -189,7 +255,7 @@ def _inspect(path: str, model: nn.Module, args: list[Tensor], kwargs: dict[str, 
     try:
         error = check_invariance(model, spec, *args, **kwargs)
     except ValueError as reason:  # such as a network that draws random numbers; a wrong spec is a RuntimeError
-        unchecked = str(reason)
+        unchecked = str(reason).replace(_UNCHECKED, "")
     seconds = {"spec": traced - start, "check": perf_counter() - traced}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Inspection(path, spec, parameters, spec.coverage(model), error, unchecked, seconds)
@@ -209,8 +275,6 @@ def _print(found: Inspection) -> None:
         reasons.setdefault(reason, []).append(axis)
     for reason, axes in reasons.items():
         fixed.add_row(reason, str(len(axes)), ", ".join(axes[:_SHOWN]))
-    console.print(groups)
-    console.print(fixed)
     console.print(
         f"Coverage: {100 * found.coverage:.2f} % of {found.parameters:,} parameters lie on an axis that moves.",
         f"Found in {found.seconds['spec']:.2f} s.",
@@ -224,6 +288,8 @@ def _print(found: Inspection) -> None:
             f"{found.seconds['check']:.2f} s.",
             soft_wrap=True,
         )
+    console.print(groups)
+    console.print(fixed)
 
 
 def describe(axis: Axis, size: int) -> str:

@@ -11,6 +11,9 @@ from lit_rebasin.symmetry.spec import Axis, PermutationSpec, tensors_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# Entries of a wrong permutation that its error shows.
+_SHOWN = 8
+
 
 @overload
 def permute(source: Module, spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> Module: ...
@@ -33,9 +36,14 @@ def permute(source: Any, spec: PermutationSpec, permutations: Mapping[str, Tenso
         A new module, or a new dict with the names of ``source`` in which tensors that no group moves are passed on as they are.
 
     Raises:
+        TypeError: If ``source`` is neither a module nor a mapping, or ``permutations`` is no mapping of tensors.
         ValueError: If a group is unknown, an entry is neither a permutation nor a plan of the group's size, a tensor that must move is
             missing or of another shape, or a plan meets a tensor of integers.
     """
+    if not isinstance(permutations, Mapping):
+        raise TypeError(f"permutations must be tensors by group name, got a {type(permutations).__name__}.")
+    if not isinstance(source, nn.Module | Mapping):
+        raise TypeError(f"permute needs a module or its weights by name, got a {type(source).__name__}.")
     if isinstance(source, nn.Module):
         with torch.no_grad():
             return _copy_with(source, _permuted(tensors_of(source), spec, permutations))
@@ -44,12 +52,18 @@ def permute(source: Any, spec: PermutationSpec, permutations: Mapping[str, Tenso
 
 def _copy_with(model: Module, moved: dict[str, Tensor]) -> Module:
     """Return a copy of a module with other weights; tied ones stay tied."""
-    memo: dict[int, Any] = {}
+    # Pruning and the old weight_norm keep a computed weight, which torch does not copy, and compute it anew at each call.
+    computed = [value for part in model.modules() for value in vars(part).values() if _is_computed(value)]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
     for name, tensor in tensors_of(model).items():
         value = moved[name] if moved[name] is not tensor else tensor.detach().clone()
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
     return copy.deepcopy(model, memo)
+
+
+def _is_computed(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def _permuted(
@@ -118,10 +132,13 @@ def compose(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[s
 
 
 def _check_entry(name: str, permutation: Tensor, size: int) -> None:
+    if not isinstance(permutation, Tensor):
+        raise TypeError(f"permutations[{name!r}] must be a tensor, got a {type(permutation).__name__}.")
     if permutation.ndim == 1 and not permutation.is_floating_point():
         if not torch.equal(permutation.sort().values.cpu(), torch.arange(size)):
+            shown = ", ".join(map(str, permutation[:_SHOWN].tolist())) + ", ..." * (len(permutation) > _SHOWN)
             raise ValueError(
-                f"permutations[{name!r}] must hold each of 0 .. {size - 1} once, got {permutation.tolist()}."
+                f"permutations[{name!r}] must hold each of 0 .. {size - 1} once, got {len(permutation)} entries: [{shown}]."
             )
     elif not (permutation.is_floating_point() and tuple(permutation.shape) == (size, size)):
         raise ValueError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class PermutationSpec:
         try:
             data = json.loads(text)
             groups = [
-                Group(g["name"], int(g["size"]), tuple(Axis(**axis) for axis in g["axes"]))
+                Group(g["name"], _whole("size", g["size"], 1), tuple(_axis(axis) for axis in g["axes"]))
                 for g in data["groups"].values()
             ]
             return cls(
@@ -175,3 +175,21 @@ def tensors_of(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
         return {**dict(parameters), **dict(buffers)}
     return dict(source)
+
+
+def _axis(fields: Mapping[str, Any]) -> Axis:
+    """Return an axis read from JSON, which may hold anything."""
+    axis = Axis(**fields)
+    if not isinstance(axis.tensor, str):
+        raise TypeError(f"tensor must be a name, got {axis.tensor!r}")
+    for key, least in {"dim": 0, "before": 1, "after": 1, "start": 0, "step": 1}.items():
+        _whole(key, getattr(axis, key), least)
+    if axis.length is not None:
+        _whole("length", axis.length, 1)
+    return axis
+
+
+def _whole(key: str, value: object, least: int) -> int:
+    if type(value) is not int or value < least:  # true is an int too
+        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    return value

@@ -43,11 +43,24 @@ class Restless(nn.Module):
     def forward(self, x):
         return self.layer(x + torch.rand_like(x))
 
-class Broken(nn.Module):
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.module(x)
+
+class Broken(nn.Linear):
     def forward(self, x):
         return x if x.sum() > 0 else -x
+
+class Failing(nn.Module):
+    def __init__(self):
+        raise KeyError("colour")
 """
 CODE_OF_THIS_TEST = "inspected_by_test"
+FOUR = ["--model.in_features", "4", "--model.out_features", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +69,8 @@ def user_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    sys.modules.pop(CODE_OF_THIS_TEST, None)
+    for name in (CODE_OF_THIS_TEST, "imported"):
+        sys.modules.pop(name, None)
 
 
 def inspect(capsys, name, *words):
@@ -102,7 +116,20 @@ def test_a_class_with_inputs_of_other_types_and_by_name(capsys):
     }
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+def by_workers(state):
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "epoch": 3},
+        by_workers,
+        lambda state: {"model": by_workers(state)},
+    ],
+)
 def test_weights_of_a_checkpoint_are_taken(wrap, capsys, tmp_path):
     state = {
         "0.weight": torch.rand(5, 3),
@@ -114,6 +141,12 @@ def test_weights_of_a_checkpoint_are_taken(wrap, capsys, tmp_path):
     inspect(capsys, "instance", "--input", "6,3", "--checkpoint", "w.pt")
     held = sys.modules[CODE_OF_THIS_TEST].instance.state_dict()
     assert all(torch.equal(held[name], value) for name, value in state.items())
+
+
+def test_a_part_named_module_keeps_its_name(capsys, tmp_path):
+    torch.save({"module.weight": torch.ones(2, 3), "module.bias": torch.ones(2)}, tmp_path / "w.pt")
+    found = inspect(capsys, "Outer", "--input", "6,3", "--checkpoint", "w.pt")
+    assert set(found["fixed"]) == {"module.weight[0]", "module.weight[1]", "module.bias[0]"}
 
 
 def test_arguments_that_a_lightning_module_saved_are_taken(capsys, tmp_path):
@@ -133,7 +166,9 @@ def test_a_network_that_cannot_be_compared_is_shown_unchecked(capsys):
     assert found["invariance_error"] is None
     assert "runs twice" in found["unchecked"]
     assert main(["inspect", f"{CODE_OF_THIS_TEST}.Restless", "--input", "2,3"]) == 0
-    assert "Not checked: Restless gives outputs that differ" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Not checked: Restless gives outputs that differ" in shown
+    assert "let it draw no random numbers there.\n" in shown
 
 
 def test_wrong_permutations_are_an_error(capsys, monkeypatch):
@@ -160,8 +195,24 @@ def test_wrong_permutations_are_an_error(capsys, monkeypatch):
         (["CODE.mlp", "--input", "1,3", "--model.wide", "4"], 2, "wide"),
         (["CODE.Reader", "--input", "1,3"], 2, "width"),
         (["torch.nn.Linear", "--input", "1,3", "--model.in_features", "x"], 2, "in_features"),
-        (["CODE.mlp", "--input", "1,4"], 1, "cannot be exported"),
-        (["CODE.Broken", "--input", "1,4"], 1, "cannot be exported .*Broken"),
+        (
+            ["./CODE.py", "--input", "1,3"],
+            2,
+            "import path of a network, such as mine.Net for Net in mine.py, not ./insp",
+        ),
+        (["CODE.py", "--input", "1,3"], 2, "such as mine.Net for Net in mine.py, not inspected_by_test.py"),
+        ([".CODE.instance", "--input", "1,3"], 2, "such as mine.Net for Net in mine.py, not .inspected"),
+        (["CODE.Failing", "--input", "1,3"], 2, "inspected_by_test.Failing cannot be made: KeyError: 'colour'"),
+        (["torch.nn.ReLU", "--input", "1,3"], 1, "torch.nn.ReLU has no parameters"),
+        (["CODE.mlp", "--input", "0,3"], 2, "--input 0,3 is empty"),
+        (
+            ["CODE.mlp", "--input", "1,4"],
+            1,
+            "exported .*Linear.* does not run on this input: check the shape, .*--input$",
+        ),
+        (["CODE.mlp", "--input", "y=1,3"], 1, "'input'. inspected_by_test.mlp does not run on this input: .*--input$"),
+        (["CODE.mlp", "--input", "1,3:int64"], 1, "same dtype.*inspected_by_test.mlp does not run on this input"),
+        (["CODE.Broken", "--input", "1,4", *FOUR], 1, "cannot be exported .*Broken.*PermutationSpec.from_axes$"),
         (["CODE.mlp", "--input", "1,3", "--figure", "spec.gif"], 2, "--figure must be a .png, .svg or .pdf file"),
         (["CODE.mlp", "--input", "1,3", "--figure", "no/spec.png"], 2, "no/spec.png cannot be written"),
         (["CODE.mlp", "--input", "1,3", "--checkpoint", "no.pt"], 2, "checkpoint no.pt cannot be read: .*No such file"),
@@ -174,6 +225,46 @@ def test_wrong_input_is_one_sentence(words, code, match, capsys):
     assert shown.out == ""
     (error,) = shown.err.strip().splitlines()
     assert re.search(f"^lit-rebasin: error: .*{match}", error), error
+
+
+@pytest.mark.parametrize(
+    ("code", "match"),
+    [
+        ("import not_there", "importing imported failed: ModuleNotFoundError: No module named 'not_there'$"),
+        ("import imported.part", "importing imported failed: ModuleNotFoundError: No module named 'imported.part'"),
+        (
+            "x = 1\ndef f(:\n    pass",
+            r"importing imported failed: SyntaxError: invalid syntax \(imported.py, line 2\)$",
+        ),
+        ("raise KeyError('colour')", "importing imported failed: KeyError: 'colour'$"),
+        ("raise SystemExit", "importing imported failed: SystemExit$"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named(code, match, capsys, tmp_path):
+    (tmp_path / "imported.py").write_text(code)
+    assert main(["inspect", "imported.Net", "--input", "1,3"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(match, error), error
+
+
+def test_the_summary_comes_before_the_tables(capsys):
+    assert main(["inspect", f"{CODE_OF_THIS_TEST}.mlp", "--input", "6,3"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("Coverage: 93.75 %")
+    assert second.startswith("Checked: ")
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_reader_that_closes_the_pipe_is_no_error(words, tmp_path):
+    check = (
+        f"from lit_rebasin.cli import main; main(['inspect', '{CODE_OF_THIS_TEST}.mlp', '--input', '2,3', *{words}])"
+    )
+    done = subprocess.Popen(
+        [sys.executable, "-c", check], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    done.stdout.close()
+    assert done.stderr.read() == ""
+    done.wait()
 
 
 def test_help_is_light_and_names_only_keys_that_exist(capsys):

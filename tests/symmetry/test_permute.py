@@ -2,8 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
 
-from lit_rebasin import Axis, Group, PermutationSpec, permute
+from lit_rebasin import Axis, Group, PermutationSpec, check_invariance, permute
 from lit_rebasin.symmetry import invert
 
 
@@ -74,3 +76,40 @@ def test_inverse_restores_and_inputs_are_not_written_to():
 def test_errors(tensors, permutations, match):
     with pytest.raises(ValueError, match=match):
         permute(tensors, spec_with(Axis("w", 0), 3), permutations)
+
+
+def test_error_of_a_long_permutation_is_short():
+    with pytest.raises(ValueError, match=r"0 \.\. 4095 once, got 4096 entries: \[0, 0, 0, 0, 0, 0, 0, 0, \.\.\.\]\.$"):
+        permute({"w": torch.zeros(4096)}, spec_with(Axis("w", 0), 4096), {"g": torch.zeros(4096, dtype=torch.long)})
+
+
+@pytest.mark.parametrize(
+    ("source", "permutations", "match"),
+    [
+        ({"w": torch.zeros(3)}, {"g": [1, 2, 0]}, r"permutations\['g'\] must be a tensor, got a list"),
+        ([1], {"g": torch.arange(3)}, "needs a module or its weights by name, got a list"),
+        ({"w": torch.zeros(3)}, None, "must be tensors by group name, got a NoneType"),
+    ],
+)
+def test_arguments_of_another_type(source, permutations, match):
+    with pytest.raises(TypeError, match=match):
+        permute(source, spec_with(Axis("w", 0), 3), permutations)
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", amount=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("computed", [pruned, nn.utils.weight_norm])
+def test_a_module_with_computed_weights_is_copied(computed):
+    model = nn.Sequential(computed(nn.Linear(3, 6)), nn.ReLU(), nn.Linear(6, 2))
+    axes = {"0.bias": ("h",), "2.weight": (None, "h")}
+    axes |= {name: ("h", None) for name, tensor in model.state_dict().items() if name[0] == "0" and tensor.ndim == 2}
+    spec = PermutationSpec.from_axes(axes, model)
+    x, before = torch.randn(5, 3), model[0].weight
+    moved = permute(model, spec, {"h": torch.tensor([3, 1, 0, 2, 5, 4])})
+    torch.testing.assert_close(moved(x), model(x))
+    assert not torch.equal(moved[0].weight, before)
+    assert moved[0].weight.grad_fn is not None
+    assert check_invariance(model, spec, x) < 1e-5

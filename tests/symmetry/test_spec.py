@@ -106,6 +106,30 @@ def test_text_that_is_no_spec(text):
         PermutationSpec.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("size", -3),
+        ("size", "3"),
+        ("dim", "0"),
+        ("dim", -1),
+        ("step", 0),
+        ("start", True),
+        ("tensor", 1),
+        ("length", 0),
+    ],
+)
+def test_numbers_that_no_spec_can_have(key, value):
+    axis = {"tensor": "w", "dim": 0, "length": None}
+    group = {"name": "a", "size": 3, "axes": [axis]}
+    assert PermutationSpec.from_json(json.dumps({"groups": {"a": group}, "fixed": {}})).groups["a"].size == 3
+    (group if key == "size" else axis)[key] = value
+    with pytest.raises(
+        ValueError, match=f"not a PermutationSpec as to_json writes it: .*{key} must be .*, got {value!r}"
+    ):
+        PermutationSpec.from_json(json.dumps({"groups": {"a": group}, "fixed": {}}))
+
+
 def test_spec_by_hand_equals_the_traced_one():
     model = network()
     found = permutation_spec(model, X)
