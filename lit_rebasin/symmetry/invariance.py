@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
@@ -14,6 +15,8 @@ from lit_rebasin.symmetry.keep import attributes_kept
 from lit_rebasin.symmetry.permute import permute
 from lit_rebasin.symmetry.spec import PermutationSpec, tensors_of
 
+# Largest difference of an output that is put down to rounding, relative to the largest output.
+_TOLERANCE = 1e-4
 # Rounding may exceed the tolerance in float32 in an ill-conditioned network; in float64 only a wrong spec exceeds this.
 _FLOAT64_TOLERANCE = 1e-6
 
@@ -23,7 +26,7 @@ def check_invariance(
     spec: PermutationSpec,
     *example_inputs: Any,
     seed: int = 0,
-    tolerance: float = 1e-4,
+    tolerance: float = _TOLERANCE,
     **example_kwargs: Any,
 ) -> float:
     """Permute every group at random and compare what the network gives.
@@ -48,15 +51,10 @@ def check_invariance(
         RuntimeError: If the difference is above the tolerance; the sentence names the groups, with their axes, that change the function by
             themselves.
     """
-    example = pytree.tree_map(_single, (example_inputs, example_kwargs))
 
     def run(weights: dict[str, Tensor]) -> Any:
-        double = any(tensor.dtype == torch.float64 for tensor in weights.values())
-        inputs = pytree.tree_map(
-            lambda leaf: _fresh(leaf, double=double), example
-        )  # some networks write to their input
         with attributes_kept(model.modules()):  # some cache what they compute from their weights
-            return functional_call(model, weights, *inputs)
+            return functional_call(model, weights, *_inputs(weights, example_inputs, example_kwargs))
 
     trial = Trial(model, spec, run, seed)
     with attributes_kept(model.modules()), torch.no_grad(), torch.random.fork_rng():
@@ -81,6 +79,29 @@ def check_invariance(
         difference = trial.check(expected, tolerance)
         _check_statistics(trial, model, tolerance)
     return difference
+
+
+def check_graph(
+    model: nn.Module, spec: PermutationSpec, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Compare what the exported graph of a module gives under permutations, with dropout left out; the graph is changed.
+
+    Raises:
+        RuntimeError: If the outputs differ, as in `check_invariance`.
+    """
+    for node in graph.graph.nodes:
+        if "dropout" in str(node.target) and node.op == "call_function":
+            node.args = (node.args[0], 0.0, False)
+    graph.recompile()
+
+    def run(weights: dict[str, Tensor]) -> Any:
+        return functional_call(graph, weights, *_inputs(weights, args, kwargs))
+
+    with torch.no_grad(), torch.random.fork_rng():
+        trial = Trial(model, spec, run, seed=0)
+        expected = trial.outputs()
+        if _difference(trial.outputs(), expected) == 0:  # else it draws random numbers, and cannot be compared
+            trial.check(expected, _TOLERANCE)
 
 
 class Trial:
@@ -212,9 +233,15 @@ def _double(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _fresh(leaf: Any, *, double: bool) -> Any:
-    leaf = _double(leaf) if double else leaf
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _inputs(weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """Return copies of example inputs, which some networks write to, in the precision of the weights."""
+    double = any(tensor.dtype == torch.float64 for tensor in weights.values())
+
+    def fresh(leaf: Any) -> Any:
+        leaf = _double(leaf) if double else _single(leaf)
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(fresh, (args, kwargs))
 
 
 def _rank(difference: float) -> float:

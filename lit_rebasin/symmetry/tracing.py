@@ -13,7 +13,7 @@ from lit_rebasin.symmetry import rules  # noqa: F401  registers the rules
 from lit_rebasin.symmetry.algebra import Algebra
 from lit_rebasin.symmetry.export import export
 from lit_rebasin.symmetry.factors import Atom, Dims, atoms_of, reason_of, resolve
-from lit_rebasin.symmetry.invariance import check_invariance
+from lit_rebasin.symmetry.invariance import check_graph, check_invariance
 from lit_rebasin.symmetry.layout import axes_along
 from lit_rebasin.symmetry.spec import UNREAD, Axis, Group, PermutationSpec
 from lit_rebasin.symmetry.trace import Trace, is_dims
@@ -61,6 +61,8 @@ def permutation_spec(
     spec = _spec(model, weights, read)
     if check:
         check_invariance(model, spec, *example_inputs, **example_kwargs)
+        for program in programs[1:]:
+            check_graph(model, spec, program.module(), example_inputs, example_kwargs)
     return spec
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lit_rebasin import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute
+from lit_rebasin.symmetry import rule
 
 from .networks import Of, tokens, vectors
 from .test_networks import leaves
@@ -316,3 +317,31 @@ def test_network_that_writes_to_its_input():
     model = Of(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     assert check_invariance(model, permutation_spec(model, x, check=False), x) < 1e-5
     assert not x.any()
+
+
+@torch.library.custom_op("lit_rebasin_tests::steepen", mutates_args=())
+def steepen(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.arange(x.shape[-1])
+
+
+steepen.register_fake(torch.empty_like)
+
+
+def auxiliary(between):
+    """A second head that training alone reads, behind dropout."""
+
+    def forward(m, x):
+        h = m.a(x).relu()
+        if not m.training:
+            return m.out(h)
+        return m.out(h) + m.last(F.dropout(between(m.side(h)), training=True))
+
+    return Of(forward, a=nn.Linear(4, 8), out=nn.Linear(8, 3), side=nn.Linear(8, 6), last=nn.Linear(6, 3))
+
+
+def test_what_training_alone_reads_is_compared_too():
+    rule(torch.ops.lit_rebasin_tests.steepen)(lambda trace, x: x)  # wrong
+    torch.manual_seed(0)
+    assert set(permutation_spec(auxiliary(lambda h: h.relu()), torch.randn(3, 4)).groups) == {"a", "side"}
+    with pytest.raises(RuntimeError, match="Groups at fault: side: "):
+        permutation_spec(auxiliary(torch.ops.lit_rebasin_tests.steepen), torch.randn(3, 4))
