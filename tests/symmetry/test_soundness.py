@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lit_rebasin import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute
-from lit_rebasin.symmetry import rule
+from lit_rebasin import permutation_spec, permute
 
 from .networks import Of, tokens, vectors
 from .test_networks import leaves
@@ -144,7 +143,28 @@ def loss_of_parameters():
     )
 
 
+def one_layer(between, outputs=8):
+    return Of(lambda m, x: m.b(between(m.a(x))), a=nn.Linear(4, 8), b=nn.Linear(outputs, 3))
+
+
+ORDER = torch.tensor([3, 0, 2, 1, 7, 4, 5, 6])
+ORDERED = {
+    "reflected": (lambda h: F.pad(h[:, None], (2, 2), mode="reflect")[:, 0], 12),
+    "wrapped around": (lambda h: F.pad(h[:, None], (2, 2), mode="circular")[:, 0], 12),
+    "selected by index": (lambda h: h.index_select(1, ORDER), 8),
+    "indexed": (lambda h: h[:, ORDER], 8),
+    "place of the largest": (lambda h: h + h.argmax(1, keepdim=True), 8),
+    "largest with its place": (lambda h: h * h.max(1, keepdim=True).indices, 8),
+    "every second": (lambda h: h[:, ::2], 4),
+    "gathered": (lambda h: h.gather(1, ORDER.expand(3, 8)), 8),
+    "sorted": (lambda h: h.sort(1).values * h, 8),
+    "interleaved": (lambda h: h.repeat_interleave(2, 1), 16),
+    "repeated": (lambda h: h.repeat(1, 2), 16),
+    "shuffled pixels": (lambda h: F.pixel_shuffle(h.unflatten(1, (8, 1, 1)), 2).flatten(1), 8),
+}
+
 CASES = {
+    **{name: (one_layer(*case), (ROWS,)) for name, case in ORDERED.items()},
     **{f"{name}, stacked": (stacked(f), (ROWS,)) for name, f in MIXING.items()},
     **{f"{name}, packed": (packed(f), (ROWS,)) for name, f in MIXING.items()},
     **{f"{name} of pairs": (stacked(f, outputs=4), (ROWS,)) for name, f in PAIRS.items()},
@@ -243,105 +263,3 @@ def test_positions_beyond_the_example_stay(read):
     moved = permute(model, spec, spec.random(generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
         torch.testing.assert_close(moved(longer), model(longer))
-
-
-def wrong(model, tensor, size):
-    """A spec that moves one weight alone."""
-    return PermutationSpec({"g": Group("g", size, (Axis(tensor, 0),))})
-
-
-@pytest.mark.parametrize("width", range(2, 10))
-def test_check_sees_the_smallest_groups(width):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(width, 2), nn.ReLU(), nn.Linear(2, 3))
-    with pytest.raises(RuntimeError, match="Groups at fault: g"):
-        check_invariance(model, wrong(model, "0.weight", 2), torch.randn(3, width))
-
-
-def test_check_tells_groups_of_one_size_apart():
-    """Two groups that are right only together."""
-    torch.manual_seed(0)
-    model = Of(lambda m, x: m.c(m.a(x) * m.b(x)), a=nn.Linear(4, 2), b=nn.Linear(4, 2), c=nn.Linear(2, 3)).float()
-    halves = {"a": ("a.weight", "a.bias"), "b": ("b.weight", "b.bias", "c.weight")}
-    groups = {
-        name: Group(name, 2, tuple(Axis(tensor, int(tensor == "c.weight")) for tensor in tensors))
-        for name, tensors in halves.items()
-    }
-    with pytest.raises(RuntimeError, match=r"Groups at fault: a: .*; b: "):
-        check_invariance(model, PermutationSpec(groups), torch.randn(3, 4))
-
-
-def test_check_sees_into_a_branch_that_is_scaled_away():
-    def forward(m, x):
-        h = m.stem(x)
-        return m.out(h + m.scale * m.down(m.up(h).relu()))
-
-    torch.manual_seed(0)
-    scale = nn.Parameter(torch.full((8,), 1e-6))
-    model = Of(
-        forward, stem=nn.Linear(4, 8), up=nn.Linear(8, 16), down=nn.Linear(16, 8), scale=scale, out=nn.Linear(8, 3)
-    )
-    with pytest.raises(RuntimeError, match="Groups at fault: g"):
-        check_invariance(model, wrong(model, "up.weight", 16), torch.randn(3, 4))
-
-
-def test_check_compares_imaginary_parts():
-    torch.manual_seed(0)
-    model = Of(
-        lambda m, x: torch.complex(m.r(x), m.b(m.a(x).relu())), r=nn.Linear(4, 3), a=nn.Linear(4, 8), b=nn.Linear(8, 3)
-    )
-    with pytest.raises(RuntimeError, match="Groups at fault: g"):
-        check_invariance(model, wrong(model, "a.weight", 8), torch.randn(3, 4))
-
-
-class Answer:
-    def __init__(self, value):
-        self.value = value
-
-
-@pytest.mark.parametrize(
-    ("forward", "x"), [(lambda m, x: m.a(x), torch.zeros(0, 4)), (lambda m, x: Answer(m.a(x)), torch.zeros(2, 4))]
-)
-def test_check_of_nothing_is_an_error(forward, x):
-    model = Of(forward, a=nn.Linear(4, 8))
-    with pytest.raises(ValueError, match="gives no tensor with an entry"):
-        check_invariance(model, wrong(model, "a.weight", 8), x)
-
-
-def test_network_that_writes_to_its_input():
-    def forward(m, x):
-        x += 1
-        return m.b(m.a(x).relu())
-
-    x = torch.zeros(3, 4)
-    model = Of(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
-    assert check_invariance(model, permutation_spec(model, x, check=False), x) < 1e-5
-    assert not x.any()
-
-
-@torch.library.custom_op("lit_rebasin_tests::steepen", mutates_args=())
-def steepen(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.arange(x.shape[-1])
-
-
-steepen.register_fake(torch.empty_like)
-
-
-def auxiliary(between):
-    """A second head that training alone reads, behind dropout."""
-
-    def forward(m, x):
-        h = m.a(x).relu()
-        if not m.training:
-            return m.out(h)
-        return m.out(h) + m.last(F.dropout(between(m.side(h)), training=True))
-
-    return Of(forward, a=nn.Linear(4, 8), out=nn.Linear(8, 3), side=nn.Linear(8, 6), last=nn.Linear(6, 3))
-
-
-def test_what_training_alone_reads_is_compared_too():
-    rule(torch.ops.lit_rebasin_tests.steepen)(lambda trace, x: x)  # wrong
-    torch.manual_seed(0)
-    assert set(permutation_spec(auxiliary(lambda h: h.relu()), torch.randn(3, 4)).groups) == {"a", "side"}
-    with pytest.raises(RuntimeError, match="Groups at fault: side: "):
-        permutation_spec(auxiliary(torch.ops.lit_rebasin_tests.steepen), torch.randn(3, 4))
