@@ -17,6 +17,8 @@ from lit_rebasin.symmetry.spec import PermutationSpec, tensors_of
 
 # Largest difference of an output that is put down to rounding, relative to the largest output.
 _TOLERANCE = 1e-4
+# A parameter smaller than this share of a fresh layer's would hide what comes before it.
+_TINY = 0.01
 # Rounding may exceed the tolerance in float32 in an ill-conditioned network; in float64 only a wrong spec exceeds this.
 _FLOAT64_TOLERANCE = 1e-6
 
@@ -251,8 +253,8 @@ def _rank(difference: float) -> float:
 def _perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Return the tensors with noise, which keeps tensors without a negative entry, such as variances, so.
 
-    The noise is a tenth of their scale, or of what a fresh layer would have if that is more: neither a bias of zero nor a layer scale of 1e-6
-    must hide anything.
+    The noise is a tenth of their scale, or of what a fresh layer would have where theirs is tiny: neither a bias of zero nor a layer scale of
+    1e-6 must hide anything.
     """
     noisy = {}
     for name, tensor in tensors.items():
@@ -265,9 +267,15 @@ def _perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[
                 rows = max(
                     value.shape, default=1
                 )  # of a vector: its length, so that it counts as a matrix of one column
-                scale = max(scale, (rows / value.numel()) ** 0.5)
-            if not value.is_complex() and scale > 0 and bool((value >= 0).all()) and bool((value > 0).any()):
+                fresh = (rows / value.numel()) ** 0.5
+                scale = scale if scale > _TINY * fresh else fresh
+            parameter = isinstance(tensor, nn.Parameter)
+            if not parameter and not value.is_complex() and bool((value >= 0).all()):
                 value.mul_(noise.exp()).add_(noise.abs_(), alpha=scale)
+            elif not value.is_complex() and bool((value > 0).all()):
+                tiny = scale > 10 * float(value.max())
+                # Gains stay gains: many larger ones in a row would blow up rounding.
+                value.mul_(noise.exp()).add_(noise.abs_(), alpha=scale if tiny else 0.0)
             else:
                 value.add_(noise, alpha=scale if scale > 0 else 1.0)  # a mask keeps its infinities
         noisy[name] = value
