@@ -73,7 +73,6 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back torch's own reports of a failing export, which run over pages."""
-    logger = logging.getLogger("torch")
     names = ["torch", *(name for name in logging.root.manager.loggerDict if name.startswith("torch."))]
     disabled = {name: logging.getLogger(name).disabled for name in names}
     for name in names:
@@ -82,7 +81,6 @@ def _quiet() -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.disabled = False
         for name, before in disabled.items():
             logging.getLogger(name).disabled = before
 

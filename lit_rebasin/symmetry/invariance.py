@@ -263,14 +263,13 @@ def _perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[
         if (value.is_floating_point() or value.is_complex()) and finite.any():
             scale = float(value.abs().mean()) if finite.all() else float(value[finite].abs().mean())
             noise = torch.randn(value.shape, generator=generator).mul_(0.1).to(value.device, value.dtype)
-            if isinstance(tensor, nn.Parameter):
-                rows = max(
-                    value.shape, default=1
-                )  # of a vector: its length, so that it counts as a matrix of one column
+            parameter = isinstance(tensor, nn.Parameter)
+            if parameter:
+                rows = max(value.shape, default=1)  # a vector counts as a matrix of one column
                 fresh = (rows / value.numel()) ** 0.5
                 scale = scale if scale > _TINY * fresh else fresh
-            parameter = isinstance(tensor, nn.Parameter)
-            if not parameter and not value.is_complex() and bool((value >= 0).all()):
+            # A buffer of zeros, such as the means of a fresh BatchNorm, gets noise of both signs.
+            if not parameter and not value.is_complex() and scale > 0 and bool((value >= 0).all()):
                 value.mul_(noise.exp()).add_(noise.abs_(), alpha=scale)
             elif not value.is_complex() and bool((value > 0).all()):
                 tiny = scale > 10 * float(value.max())

@@ -51,6 +51,16 @@ def test_check_sees_into_a_branch_that_is_scaled_away():
         check_invariance(model, wrong(model, "up.weight", 16), torch.randn(3, 4))
 
 
+def test_check_sees_the_statistics_of_a_fresh_batch_norm():
+    """A spec that leaves the means behind is wrong, though they are all zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    right = permutation_spec(model, torch.randn(3, 4)).groups["0"]
+    without = tuple(axis for axis in right.axes if axis.tensor != "1.running_mean")
+    with pytest.raises(RuntimeError, match="Groups at fault: 0: "):
+        check_invariance(model, PermutationSpec({"0": Group("0", 8, without)}), torch.randn(3, 4))
+
+
 def test_check_compares_imaginary_parts():
     torch.manual_seed(0)
     model = Of(

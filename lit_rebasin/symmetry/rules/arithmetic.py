@@ -55,11 +55,6 @@ def _softmax(trace: Trace, x: Dims, dim: int, *rest: Any, **options: Any) -> Dim
     return trace.mixed(x, dim)
 
 
-@rule(aten._assert_tensor_metadata, aten._assert_async)
-def _assertion(trace: Trace, *args: Any, **options: Any) -> Any:
-    return []
-
-
 @rule(
     aten.zeros,
     aten.ones,
