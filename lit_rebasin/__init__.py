@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Alignment": "alignment",
     "Axis": "symmetry",
+    "BarycenterResult": "transport",
     "ContinualClassifier": "continual",
     "ContinualDataModule": "continual",
     "ContinualMonitor": "callbacks",
@@ -19,12 +20,17 @@ _HOMES = {
     "LinearPath": "merging",
     "PermutationSpec": "symmetry",
     "RebasinMerge": "callbacks",
+    "Schedule": "transport",
     "SinkhornRebasin": "alignment",
     "SinkhornResult": "transport",
+    "annealed_sinkhorn": "transport",
     "assignment": "transport",
     "check_invariance": "symmetry",
+    "doubly_regularized_barycenter": "transport",
     "permutation_spec": "symmetry",
     "permute": "symmetry",
+    "plan_entropy": "transport",
+    "round_to_polytope": "transport",
     "sinkhorn": "transport",
     "weight_matching": "alignment",
 }
@@ -32,6 +38,7 @@ _HOMES = {
 __all__ = [
     "Alignment",
     "Axis",
+    "BarycenterResult",
     "ContinualClassifier",
     "ContinualDataModule",
     "ContinualMonitor",
@@ -39,13 +46,18 @@ __all__ = [
     "LinearPath",
     "PermutationSpec",
     "RebasinMerge",
+    "Schedule",
     "SinkhornRebasin",
     "SinkhornResult",
     "__version__",
+    "annealed_sinkhorn",
     "assignment",
     "check_invariance",
+    "doubly_regularized_barycenter",
     "permutation_spec",
     "permute",
+    "plan_entropy",
+    "round_to_polytope",
     "sinkhorn",
     "weight_matching",
 ]
@@ -68,4 +80,14 @@ if TYPE_CHECKING:
     from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
     from lit_rebasin.merging import LinearPath
     from lit_rebasin.symmetry import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute
-    from lit_rebasin.transport import SinkhornResult, assignment, sinkhorn
+    from lit_rebasin.transport import (
+        BarycenterResult,
+        Schedule,
+        SinkhornResult,
+        annealed_sinkhorn,
+        assignment,
+        doubly_regularized_barycenter,
+        plan_entropy,
+        round_to_polytope,
+        sinkhorn,
+    )

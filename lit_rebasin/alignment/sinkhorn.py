@@ -51,7 +51,7 @@ class SinkhornRebasin(nn.Module):
     def plans(self) -> dict[str, Tensor]:
         """Return the soft plan ``(size, size)`` of every group."""
         return {
-            name: sinkhorn(logits, regularization=self.temperature).plan
+            name: sinkhorn(logits=logits, regularization=self.temperature).plan
             for name, logits in zip(self.spec.groups, self.logits, strict=True)
         }
 

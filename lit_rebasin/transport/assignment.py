@@ -1,26 +1,86 @@
-"""From a plan or a gain matrix to the best permutation."""
+"""From a soft plan to what it stands for: a permutation, or a plan whose masses are exact."""
+
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
-def assignment(gain: Tensor) -> Tensor:
+@overload
+def assignment(gain: Tensor) -> Tensor: ...
+@overload
+def assignment(gain: Sequence[Tensor]) -> list[Tensor]: ...
+def assignment(gain: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """Return the permutation ``p`` that maximises ``sum_i gain[i, p[i]]``.
 
     Args:
-        gain: ``(n, n)``, finite: a plan, logits or any matrix of gains.
+        gain: ``(..., n, n)``, finite: plans, logits or any matrices of gains; or a sequence of such tensors, one a permutation group.
 
     Returns:
-        LongTensor ``(n,)`` on the CPU, with ``P[i, p[i]] = 1`` for the matrix ``P`` of the permutation.
+        LongTensor ``(..., n)`` on the CPU, with ``P[i, p[i]] = 1`` for the matrix ``P`` of the permutation; a list for a sequence.
 
     Raises:
-        ValueError: If ``gain`` is not a square matrix, or holds a NaN or an infinity.
+        ValueError: If a gain is not square in its last two dimensions, or holds a NaN or an infinity.
     """
-    if gain.ndim != 2 or gain.shape[0] != gain.shape[1]:
-        raise ValueError(f"gain must be a square matrix, got shape {tuple(gain.shape)}.")
+    if not isinstance(gain, Tensor):
+        return [assignment(one) for one in gain]
+    if gain.ndim < 2 or gain.shape[-1] != gain.shape[-2]:
+        raise ValueError(f"gain must be square in its last two dimensions, got shape {tuple(gain.shape)}.")
     values = gain.detach().to("cpu", torch.float64)
     if not values.isfinite().all():
         raise ValueError("gain holds a NaN or an infinity, so it has no best permutation.")
-    _, columns = linear_sum_assignment(values.numpy(), maximize=True)
-    return torch.as_tensor(columns, dtype=torch.long)
+    n = gain.shape[-1]
+    best = values.argmax(-1)
+    for one, columns in zip(values.reshape(-1, n, n), best.view(-1, n), strict=True):
+        # Where the best columns of the rows differ, no permutation is better; as of a sharp plan.
+        if len(columns.unique()) < n:
+            columns[:] = torch.as_tensor(linear_sum_assignment(one.numpy(), maximize=True)[1])
+    return best
+
+
+def round_to_polytope(plan: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    """Return a plan near to the given one whose rows and columns sum to their masses (Altschuler et al., NeurIPS 2017, algorithm 2).
+
+    Rows, then columns with too much mass are scaled down, and what is missing is added as a matrix of rank one. The plan moves by at most
+    twice the total error of its masses, in the sum of absolute values.
+
+    Args:
+        plan: ``(..., n, m)``, non-negative.
+        a: ``(..., n)``, masses of the rows. Default: ones.
+        b: ``(..., m)``, masses of the columns with the same total. Default: even shares of the total of ``a``.
+
+    Returns:
+        ``(..., n, m)``.
+
+    Raises:
+        ValueError: If the plan is negative or not finite, or shapes or totals do not fit.
+    """
+    if plan.ndim < 2 or 0 in plan.shape[-2:]:
+        raise ValueError(f"plan must have shape (..., n, m) with n and m above 0, got {tuple(plan.shape)}.")
+    if not bool((plan >= 0).all() & plan.isfinite().all()):
+        raise ValueError("plan holds an entry that is negative, infinite or NaN.")
+    n, m = plan.shape[-2:]
+    a = plan.new_ones(n) if a is None else a.to(plan)
+    b = (a.sum(-1, keepdim=True) / m).expand(*a.shape[:-1], m) if b is None else b.to(plan)
+    if a.shape[-1] != n or b.shape[-1] != m:
+        raise ValueError(f"a and b must hold {n} and {m} masses, got {tuple(a.shape)} and {tuple(b.shape)}.")
+    total_a, total_b = a.sum(-1), b.sum(-1)
+    if not bool((a >= 0).all() & (b >= 0).all() & ((total_a - total_b).abs() <= 1e-4 * total_a).all()):
+        raise ValueError("a and b must be masses of 0 or more with the same total.")
+    tiny = torch.finfo(plan.dtype).tiny
+    plan = plan * (a / plan.sum(-1).clamp_min(tiny)).clamp_max(1)[..., None]
+    plan = plan * (b / plan.sum(-2).clamp_min(tiny)).clamp_max(1)[..., None, :]
+    rows, columns = (a - plan.sum(-1)).clamp_min(0), (b - plan.sum(-2)).clamp_min(0)
+    missing = rows.sum(-1).clamp_min(tiny)
+    return plan + rows[..., :, None] * (columns / missing[..., None])[..., None, :]
+
+
+def plan_entropy(plan: Tensor) -> Tensor:
+    """Return ``-sum P log P`` in nats, ``(...)``: of a doubly stochastic plan 0 for a permutation and ``n log n`` for the even one.
+
+    Args:
+        plan: ``(..., n, m)``, non-negative.
+    """
+    return torch.special.entr(plan).sum((-2, -1))

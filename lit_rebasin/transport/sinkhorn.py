@@ -1,22 +1,24 @@
-"""Entropic transport plans between neurons, with an exact implicit gradient."""
+"""Entropic transport plans between neurons."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lit_rebasin.transport.arguments import Arguments, read_arguments
+from lit_rebasin.transport.implicit import ImplicitPlan
 
 
 @dataclass(frozen=True)
 class SinkhornResult:
-    """What a Sinkhorn solve found.
+    """What a Sinkhorn solve found. All but the plan is detached.
 
     Attributes:
-        plan: ``(..., n, n)``, non-negative, columns summing to one and rows to one within ``marginal_error``, up to rounding.
-        potentials: The pair ``(f, g)``, each ``(..., n)``, with ``plan = exp(logits / regularization + f[..., None] + g[..., None, :])``.
-        marginal_error: ``(...)``, the largest deviation of a row sum from one, by the potentials.
-        iterations: Row-and-column updates that were run, the same for the whole batch.
-        converged: ``(...)``, whether ``marginal_error`` is within the tolerance; False, too, where the logits are not finite.
+        plan: ``(..., n, m)``, non-negative; the columns have their masses, the rows theirs within ``marginal_error``, up to rounding.
+        potentials: The pair ``(f, g)``, ``(..., n)`` and ``(..., m)`` in units of the cost, with
+            ``plan = exp((f + g - cost) / regularization)``, ``cost = -logits`` where those were given. -inf where there is no mass.
+        marginal_error: ``(...)``, the largest deviation of a row sum from its mass, as a multiple of the mean mass of a row.
+        iterations: Row-and-column updates that were run, Newton steps included; the same for the whole batch.
+        converged: ``(...)``, whether ``marginal_error`` is within the tolerance.
     """
 
     plan: Tensor
@@ -27,93 +29,73 @@ class SinkhornResult:
 
 
 def sinkhorn(
-    logits: Tensor, *, regularization: float = 1.0, max_iterations: int = 200, tolerance: float = 1e-5
+    cost: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    logits: Tensor | None = None,
+    regularization: float | Tensor = 1.0,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-5,
+    warm_start: tuple[Tensor, Tensor] | None = None,
 ) -> SinkhornResult:
-    """Scale ``exp(logits / regularization)`` to a doubly stochastic plan, in the log domain.
+    """Return the plan ``P`` that minimises ``<P, cost> + regularization * sum P (log P - 1)`` with row sums ``a`` and column sums ``b``.
 
-    Solves ``argmax_P <P, logits> - regularization * sum P (log P - 1)`` over doubly stochastic ``P`` (Cuturi, NeurIPS 2013; Mena et al.,
-    ICLR 2018). The gradient comes from the optimality conditions (Eisenberger et al., CVPR 2022; Pena et al., CVPR 2023), so its memory does
-    not grow with the iterations. It is the gradient of the plan as the solution of the problem with the marginals that were reached; where
-    the solve stopped early it is therefore not the derivative of the truncated iteration. Given the plan it is good to 1e-5 in float32,
-    however near to a permutation. The plan itself converges slower the nearer it is: with 1e-3 of it off the permutation, 200 iterations left
-    the gradient 4 % from its limit.
+    Scaling vectors and matrix products (Cuturi, NeurIPS 2013) where nothing can overflow, log-domain updates where it could (Schmitzer, SIAM
+    J. Sci. Comput. 2019), and, unless all iterations are asked for, a warm start from higher temperatures and damped Newton steps where both
+    are slow. The plan is that of a float64 solve in the log domain at any temperature, to the precision of the costs' type.
+
+    **The gradient** with respect to cost or logits, masses and regularization comes from the optimality conditions (Eisenberger et al., CVPR
+    2022; Pena et al., CVPR 2023), so that its memory does not grow with the iterations. It is the gradient of the plan as the exact solution
+    for the masses that it has: where the solve stopped early it is not the derivative of the truncated iteration, but that of the solution
+    whose row sums are those reached. It may be differentiated again, and runs under ``torch.func`` (``grad``, ``vmap``, ``jacrev``) and
+    ``torch.compile``. Total masses stay equal, so the gradients of ``a`` and ``b`` are known up to a constant, given such that
+    ``sum_j b_j grad_j = 0``; where there is no mass they are 0.
 
     Args:
-        logits: ``(..., n, n)``, the gain of each assignment. Below float32 it is computed in float32 and the plan cast back.
-        regularization: Temperature, above 0.
-        max_iterations: Bound on the row-and-column updates.
-        tolerance: Stop once every row sum is this near to one; 0 runs all iterations. The sums of a float32 plan are rounded by about 1e-6, so
-            that less than this is reached by its potentials only.
+        cost: ``(..., n, m)``, finite. Below float32 it is computed in float32 and the plan cast back.
+        a: ``(..., n)``, masses of the rows, 0 or more. Default: ones, or even shares of the total of ``b``.
+        b: ``(..., m)``, masses of the columns with the total of ``a``. Default: even shares of it; ones for a square plan.
+        logits: Gains, in the place of ``cost``: ``cost = -logits``, as the re-basin literature maximises.
+        regularization: Temperature, above 0, in units of the cost: a number, or ``(...)`` for one a problem.
+        max_iterations: Bound on the updates.
+        tolerance: Stop once ``marginal_error`` is at most this; looked at every fifth update. With 0 all iterations are run, from potentials of
+            zero and by plain updates. Float32 reaches about 1e-6.
+        warm_start: Potentials ``(f, g)`` of a similar problem.
 
     Returns:
-        The plan, differentiable once with respect to ``logits``; every other field is detached.
+        The plan and how it was reached.
 
     Raises:
-        ValueError: If ``logits`` is not square or a number is out of range.
+        ValueError: If shapes do not fit, or a number is out of range, NaN or infinite.
+
+    Example:
+        >>> plan = sinkhorn(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), regularization=0.5).plan
+        >>> plan.diagonal()
+        tensor([0.8808, 0.8808])
     """
-    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
-        raise ValueError(f"logits must be square in their last two dimensions, got shape {tuple(logits.shape)}.")
-    if not regularization > 0:
-        raise ValueError(f"regularization must be above 0, got {regularization}.")
-    if max_iterations < 1 or tolerance < 0:
-        raise ValueError(f"max_iterations must be >= 1 and tolerance >= 0, got {max_iterations} and {tolerance}.")
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    scaled = wide / regularization
-    with torch.no_grad():
-        f, g, error, iterations = _potentials(scaled.detach(), max_iterations, tolerance)
-    plan = _ImplicitPlan.apply(scaled, f, g)
-    return SinkhornResult(plan.to(logits.dtype), (f, g), error, iterations, error <= tolerance)
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}.")
+    arguments = read_arguments(cost, logits, a, b, regularization)
+    start = None if warm_start is None else _column_potentials(warm_start, arguments.scores)
+    return solution(arguments, start, max_iterations, tolerance, tolerance=tolerance)
 
 
-def _potentials(scaled: Tensor, max_iterations: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Alternate row and column updates until every row sum is one within ``tolerance``; return ``f, g``, the error and the iterations."""
-    f = -scaled.logsumexp(-1)
-    for iteration in range(1, max_iterations + 1):
-        g = -(scaled + f[..., :, None]).logsumexp(-2)
-        new_f = -(scaled + g[..., None, :]).logsumexp(-1)
-        # Row i of the current plan sums to exp(f_i - new_f_i): the error costs no pass of its own.
-        error = torch.expm1(f - new_f).abs().amax(-1)
-        if iteration == max_iterations or (tolerance > 0 and (error <= tolerance).all()):
-            break
-        f = new_f
-    return f, g, error, iteration
+def solution(arguments: Arguments, extra: Tensor | None, *settings: float, tolerance: float) -> SinkhornResult:
+    """Run the solver that the settings belong to, and say whether it has reached the tolerance."""
+    problem = (arguments.scores, arguments.a, arguments.b, arguments.regularization)
+    plan, f, g, error, iterations = ImplicitPlan.apply(*problem, extra, arguments.sign, *settings)
+    return SinkhornResult(plan.to(arguments.dtype), (f, g), error, int(iterations), error <= tolerance)
 
 
-class _ImplicitPlan(torch.autograd.Function):
-    """The plan of given potentials, differentiated as the solution of its optimality conditions."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, scaled: Tensor, f: Tensor, g: Tensor) -> Tensor:
-        plan = (scaled + f[..., :, None] + g[..., None, :]).exp_()
-        ctx.save_for_backward(plan)
-        return plan
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Return ``P * (G - u 1^T - 1 v^T)``, with ``u, v`` such that its rows and columns sum to zero.
-
-        Eliminating ``u`` leaves ``(diag(b) - P^T diag(1/a) P) v = c - P^T (r / a)``, where ``a, b`` are the marginals and ``r, c`` the row and
-        column sums of ``P * G``: the Laplacian of a graph between the columns. Near a permutation all that the gradient lives on is as small
-        as the off-diagonal of the plan, so nothing is computed as a difference of large numbers: ``G`` is counted from the largest entry of
-        each row of the plan, which changes nothing; a Laplacian's diagonal is the sum of its other entries; and the system is scaled to a
-        unit diagonal. It is singular along the ones vector, which a term of rank one removes.
-        """
-        (plan,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        largest = plan.argmax(-1, keepdim=True)
-        centred = gradient - gradient.gather(-1, largest)
-        by_row = plan / plan.sum(-1, keepdim=True)
-        r, c = (by_row * centred).sum(-1), (plan * centred).sum(-2)
-        right = c - (plan.mT @ r[..., None])[..., 0]
-        links = plan.mT @ by_row
-        links.diagonal(dim1=-2, dim2=-1).zero_()
-        degrees = links.sum(-1).clamp_min(torch.finfo(plan.dtype).tiny)
-        root = degrees.sqrt()
-        null = root / root.norm(dim=-1, keepdim=True)
-        system = null[..., :, None] * null[..., None, :] - links / root[..., :, None] / root[..., None, :]
-        # The ridge keeps the solve finite where the graph falls apart.
-        system.diagonal(dim1=-2, dim2=-1).add_(1 + 10 * torch.finfo(plan.dtype).eps)
-        scaled, _ = torch.linalg.solve_ex(system, (right / root)[..., None])
-        centred = centred - (scaled[..., 0] / root)[..., None, :]
-        centred = centred - centred.gather(-1, largest)
-        return plan * (centred - (by_row * centred).sum(-1, keepdim=True)), None, None
+def _column_potentials(warm_start: tuple[Tensor, Tensor], scores: Tensor) -> Tensor:
+    """Return those of the columns, for the first update makes those of the rows."""
+    f, g = warm_start
+    *batch, n, m = scores.shape
+    if f.shape[-1:] != (n,) or g.shape[-1:] != (m,):
+        raise ValueError(
+            f"warm_start must be potentials of {n} rows and {m} columns, got {tuple(f.shape)} and {tuple(g.shape)}."
+        )
+    return g.detach().to(scores.dtype).expand(*batch, m)

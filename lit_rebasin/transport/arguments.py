@@ -1,0 +1,89 @@
+"""What the callers of a solver give, as tensors of one shape and type."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Costs or logits, masses and regularization of a batch.
+
+    Attributes:
+        scores: ``(..., n, m)``, float32 or float64.
+        sign: 1 for costs, -1 for logits.
+        a: ``(..., n)``, or None where all masses are ones.
+        b: ``(..., m)``, or None, too.
+        regularization: ``(...)``.
+        dtype: What the caller gave, and gets.
+    """
+
+    scores: Tensor
+    sign: int
+    a: Tensor | None
+    b: Tensor | None
+    regularization: Tensor
+    dtype: torch.dtype
+
+
+def read_arguments(
+    cost: Tensor | None, logits: Tensor | None, a: Tensor | None, b: Tensor | None, regularization: float | Tensor
+) -> Arguments:
+    """Check the shapes, fill in the masses and bring all to one batch.
+
+    Raises:
+        ValueError: If not exactly one of ``cost`` and ``logits`` is given, or shapes do not fit.
+    """
+    if (cost is None) == (logits is None):
+        raise ValueError("Give either cost or logits: a plan minimises the one or maximises the other.")
+    name, sign, scores = ("cost", 1, cost) if logits is None else ("logits", -1, logits)
+    assert scores is not None
+    if scores.ndim < 2 or 0 in scores.shape[-2:]:
+        raise ValueError(f"{name} must have shape (..., n, m) with n and m above 0, got {tuple(scores.shape)}.")
+    for word, tensor in ((name, scores), ("a", a), ("b", b)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{word} must hold floating point numbers, got {tensor.dtype}.")
+    given, (n, m) = scores.dtype, scores.shape[-2:]
+    dtype = torch.float64 if given == torch.float64 else torch.float32
+    scores = scores.to(dtype)
+    temperature = (
+        regularization
+        if isinstance(regularization, Tensor)
+        else torch.tensor(regularization, dtype=torch.float64, device=scores.device)
+    )
+    if a is None and b is None and n == m:
+        if scores.ndim > 2 or temperature.ndim:
+            batch = _batch(**{name: scores.shape[:-2], "regularization": temperature.shape})
+            scores, temperature = scores.expand(*batch, n, m), temperature.expand(batch)
+        return Arguments(scores, sign, None, None, temperature, given)
+    a, b = _masses(a, b, n, m, scores)
+    batch = _batch(
+        **{name: scores.shape[:-2], "a": a.shape[:-1], "b": b.shape[:-1], "regularization": temperature.shape}
+    )
+    scores, a, b = scores.expand(*batch, n, m), a.expand(*batch, n), b.expand(*batch, m)
+    return Arguments(scores, sign, a, b, temperature.expand(batch), given)
+
+
+def _masses(a: Tensor | None, b: Tensor | None, n: int, m: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both masses; one that is not given shares out the total of the other, ones for the rows if there is none."""
+    for word, mass, size in (("a", a, n), ("b", b, m)):
+        if mass is not None and (mass.ndim < 1 or mass.shape[-1] != size):
+            side = "rows" if word == "a" else "columns"
+            raise ValueError(f"{word} must hold one mass for each of the {size} {side}, got {tuple(mass.shape)}.")
+    a = None if a is None else a.to(scores.dtype)
+    b = None if b is None else b.to(scores.dtype)
+    if a is None:
+        a = scores.new_ones(n) if b is None else (b.sum(-1, keepdim=True) / n).expand(*b.shape[:-1], n)
+    if b is None:
+        b = (a.sum(-1, keepdim=True) / m).expand(*a.shape[:-1], m)
+    return a, b
+
+
+def _batch(**shapes: torch.Size) -> torch.Size:
+    """Return the leading dimensions that all arguments broadcast to."""
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"The leading dimensions do not broadcast: {listed}.") from None

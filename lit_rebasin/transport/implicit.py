@@ -1,0 +1,223 @@
+"""Plans as differentiable functions of costs, masses and regularization, for autograd, ``torch.func`` and ``torch.compile``.
+
+The solvers are opaque operators (``torch.library``): a compiler does not look into their loops, and ``vmap`` hands them a batch.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from lit_rebasin.transport.adjoint import adjoint
+from lit_rebasin.transport.problem import Problem
+from lit_rebasin.transport.scaling import anneal, solve
+
+Solution = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _sinkhorn(
+    cost: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    regularization: Tensor,
+    start: Tensor | None,
+    sign: int,
+    max_iterations: int,
+    tolerance: float,
+) -> Solution:
+    """Solve a batch; return the plan, both potentials, the error and the number of iterations."""
+    problem = _problem(cost, a, b, regularization, sign)
+    psi = None if start is None else start.reshape(-1, start.shape[-1]).double() * problem.rate.abs()
+    return _shaped(cost.shape[:-2], problem, *solve(problem, psi, max_iterations, tolerance))
+
+
+def _annealed_sinkhorn(
+    cost: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    regularization: Tensor,
+    betas: Tensor,
+    sign: int,
+    debiased: bool,
+) -> Solution:
+    """Anneal a batch, ``regularization`` being that of the last of ``betas``."""
+    problem = _problem(cost, a, b, regularization, sign)
+    return _shaped(cost.shape[:-2], problem, *anneal(problem, (betas / betas[-1]).tolist(), debiased))
+
+
+def _plan_adjoint(plan: Tensor, change: Tensor, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, m = plan.shape[-2:]
+    moved, alpha, beta = adjoint(
+        plan.detach().reshape(-1, n, m),
+        change.detach().reshape(-1, n, m),
+        None if da is None else da.reshape(-1, n),
+        None if db is None else db.reshape(-1, m),
+    )
+    return moved.reshape(plan.shape), alpha.reshape(plan.shape[:-1]), beta.reshape(*plan.shape[:-2], m)
+
+
+def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, regularization: Tensor, sign: int) -> Problem:
+    """Return the flat, checked and balanced batch."""
+    temperatures = regularization.reshape(-1).tolist()
+    if not all(0 < temperature < float("inf") for temperature in temperatures):
+        raise ValueError("regularization must be above 0 and finite.")
+    n, m = cost.shape[-2:]
+    cost = cost.reshape(-1, n, m)
+    rates = [-sign / temperature for temperature in temperatures]
+    if a is None or b is None:
+        ones = cost.new_ones(len(cost), n)
+        problem = Problem(cost, rates, ones, ones, unit=True)
+    else:
+        problem = Problem(cost, rates, a.reshape(-1, n), b.reshape(-1, m))
+    problem.check("cost" if sign > 0 else "logits")
+    return problem.balanced()
+
+
+def _shaped(
+    batch: torch.Size, problem: Problem, plan: Tensor, phi: Tensor, psi: Tensor, error: Tensor, iterations: int
+) -> Solution:
+    """Give the flat batch its shape again, and the potentials the unit of the cost."""
+    # Potentials of one problem may be float32 here, those of several are brought to the unit in float64.
+    unit = abs(1 / problem.rates[0]) if len(problem.rates) == 1 else 1 / problem.rate.abs()
+    f, g = (phi, psi) if isinstance(unit, float) and unit == 1 else (phi * unit, psi * unit)
+    plan, f, g, error = (tensor.to(plan.dtype).reshape(batch + tensor.shape[1:]) for tensor in (plan, f, g, error))
+    return plan, f, g, error, torch.tensor(iterations)
+
+
+# A compiler cannot follow the loops; to it, each of the three is one operator.
+_operators: dict[Callable[..., Any], CustomOpDef] = {
+    function: torch.library.custom_op(f"lit_rebasin::{function.__name__.strip('_')}", function, mutates_args=())
+    for function in (_sinkhorn, _annealed_sinkhorn, _plan_adjoint)
+}
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a solver; as an operator only where it is compiled, for that costs time, and never in half precision."""
+    if torch.compiler.is_compiling():
+        return _operators[function](*arguments)
+    kind = arguments[0].device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return function(*arguments)
+    return function(*arguments)
+
+
+def _fake_solution(cost: Tensor, *_: Any) -> Solution:
+    rows, columns = torch.empty_like(cost[..., 0]), torch.empty_like(cost[..., 0, :])
+    error = cost.new_empty(cost.shape[:-2])
+    return cost.new_empty(cost.shape), rows, columns, error, torch.empty((), dtype=torch.int64)
+
+
+_operators[_sinkhorn].register_fake(_fake_solution)
+_operators[_annealed_sinkhorn].register_fake(_fake_solution)
+
+
+@_operators[_plan_adjoint].register_fake
+def _(plan: Tensor, change: Tensor, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return plan.new_empty(plan.shape), torch.empty_like(plan[..., 0]), torch.empty_like(plan[..., 0, :])
+
+
+def _moved(info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    """Bring the dimension that ``vmap`` maps to the front of every tensor, for the solvers take any leading ones."""
+    return [
+        argument
+        if not isinstance(argument, Tensor)
+        else argument.expand(info.batch_size, *argument.shape)
+        if dim is None
+        else argument.movedim(dim, 0)
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+
+
+class ImplicitPlan(torch.autograd.Function):
+    """A plan, differentiated as the solution for the masses that it has.
+
+    ``apply(cost, a, b, regularization, extra, sign, *settings)`` gives the plan, both potentials, the error and the number of iterations.
+    ``extra`` and ``settings`` are those of one of the solvers.
+    """
+
+    @staticmethod
+    def forward(
+        cost: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        regularization: Tensor,
+        extra: Tensor | None,
+        sign: int,
+        *settings: Any,
+    ) -> Solution:
+        """Solve."""
+        solver = _annealed_sinkhorn if len(settings) == 1 else _sinkhorn
+        return _call(solver, cost, a, b, regularization, extra, sign, *settings)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        """Solve the mapped problems as a batch."""
+        return ImplicitPlan.apply(*_moved(info, in_dims, arguments)), (0, 0, 0, 0, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Solution) -> None:
+        """Keep the plan, which is all that the gradient needs."""
+        ctx.sign, ctx.settings, ctx.unit = inputs[5], len(inputs) - 6, inputs[1] is None
+        ctx.save_for_backward(output[0], inputs[3])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """Pass the gradient on to cost, masses and regularization."""
+        if gradient is None:
+            return (None,) * (6 + ctx.settings)
+        plan, regularization = ctx.saved_tensors
+        scores, alpha, beta = _Adjoint.apply(plan, gradient, None, None)
+        masses = (None, None) if ctx.unit else _fixed_gauge(plan, alpha, beta)
+        temperature = None
+        if ctx.needs_input_grad[3]:
+            # The rows and columns of the gradient sum to zero, so that log P stands for the scores, without their large numbers.
+            temperature = -torch.xlogy(scores, plan).sum((-2, -1)).to(regularization.dtype) / regularization
+        rate = (-ctx.sign / regularization).to(plan.dtype)[..., None, None]
+        # New memory of this size takes longer than the product itself, and is needed only where autograd records it.
+        cost = scores * rate if torch.is_grad_enabled() else scores.mul_(rate)
+        return (cost, *masses, temperature, *[None] * (2 + ctx.settings))
+
+
+def _fixed_gauge(plan: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the masses with ``sum_j b_j beta_j = 0``, and 0 where there is no mass."""
+    a, b = plan.sum(-1), plan.sum(-2)
+    shift = (b * beta).sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
+    return torch.where(a > 0, alpha + shift, 0.0), torch.where(b > 0, beta - shift, 0.0)
+
+
+class _Adjoint(torch.autograd.Function):
+    """The solution of the adjoint system, differentiable any number of times by the same system."""
+
+    @staticmethod
+    def forward(plan: Tensor, change: Tensor, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return _call(_plan_adjoint, plan, change, da, db)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _Adjoint.apply(*_moved(info, in_dims, arguments)), (0, 0, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2])
+        ctx.shifted = inputs[2] is not None
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate ``P * T``, ``T = change - alpha 1' - 1 beta'``, by way of the same residual of the incoming gradient."""
+        moved, rows, columns = gradients
+        plan, change, alpha, beta = ctx.saved_tensors
+        to_change, over, under = _Adjoint.apply(plan, moved, rows, columns)
+        residual = change - alpha[..., :, None] - beta[..., None, :]
+        to_plan = (moved - over[..., :, None] - under[..., None, :]) * residual
+        return to_plan, to_change, *((-over, -under) if ctx.shifted else (None, None))
+
+
+# Else `apply` would work them out at every call, for longer than a solve of width 128 takes in the end.
+for _function in (ImplicitPlan, _Adjoint):
+    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010

@@ -1,0 +1,273 @@
+"""Sinkhorn's iteration: by scaling vectors, in the log domain where those could overflow, and by Newton steps where both are slow."""
+
+from collections.abc import Callable
+from math import ceil, log, log2
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_rebasin.transport.laplacian import as_tensor, laplacian, product
+from lit_rebasin.transport.problem import Problem
+
+# Scores and logarithms of the masses that span less than this cannot overflow a float32 scaling vector, nor lose an entry that counts.
+_NARROW = 40.0
+# Scaling vectors are absorbed into the potentials before their logarithm exceeds this.
+_ABSORB = 20.0
+_CHECK_EVERY = 5
+# Updates before it is asked whether Newton steps would be faster, and the updates that one of them is worth.
+_PATIENCE, _NEWTON_WORTH = 40, 40
+# Length of a Newton step after which the potentials are right to about its square.
+_SETTLED = 1e-3
+
+Potentials = tuple[Tensor, Tensor]
+
+
+def solve(
+    problem: Problem, start: Tensor | None, max_iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Return the plan, ``phi``, ``psi``, the error of the rows ``(B,)`` and the number of updates, Newton steps included.
+
+    Args:
+        problem: The batch.
+        start: Potentials ``psi`` of the columns ``(B, m)`` to start from, or None.
+        max_iterations: Bound on the updates, at least 1.
+        tolerance: Stop once every error of the rows is at most this; 0 runs all, and plain updates only.
+    """
+    if problem.span >= _NARROW or problem.largest_logarithm() >= _NARROW:
+        return _solve_wide(problem, start, max_iterations, tolerance)
+    kernel, shift = _kernel(problem)
+    scaling = Scaling(problem, kernel)
+    if start is not None:
+        scaling.v = (start - start.amax(-1, keepdim=True)).clamp_min(-_NARROW).exp().to(kernel.dtype)
+    iterations, error = scaling.run(max_iterations, tolerance)
+    phi, psi = scaling.u.log(), scaling.v.log()
+    if shift is not None:
+        phi += shift
+    plan = scaling.plan_()
+    if iterations < max_iterations and (scaling.slow or (tolerance > 0 and problem.is_sharp(plan, tolerance))):
+        return _solve_wide(problem, psi.double(), max_iterations, tolerance, iterations, newton=True)
+    return plan, phi, psi, error, iterations
+
+
+def _kernel(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Return ``exp(x + shift)``, with the shift ``(B, 1)``, if any, that brings the scores near to zero."""
+    if len(problem.cost) == 1 and max(map(abs, problem.bounds[0])) < _NARROW:
+        return _exp_(problem.cost * problem.rates[0]), None
+    shift = problem.rate.new_tensor([-(low + high) / 2 for low, high in problem.bounds])[:, None]
+    scores = problem.cost * problem.rate[:, :, None].to(problem.cost.dtype)
+    shift = shift.to(scores.dtype)
+    return _exp_(scores.add_(shift[:, :, None])), shift
+
+
+def _exp_(scores: Tensor) -> Tensor:
+    """Take the exponential in place; on a CPU by NumPy, in half of PyTorch's time."""
+    if scores.device.type != "cpu":
+        return scores.exp_()
+    np.exp(scores.numpy(), out=scores.numpy())
+    return scores
+
+
+def _solve_wide(
+    problem: Problem,
+    psi: Tensor | None,
+    max_iterations: int,
+    tolerance: float,
+    iterations: int = 0,
+    newton: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Update in the log domain, by scaling for as many iterations as cannot overflow, and by Newton steps.
+
+    An update is 1-Lipschitz in the largest norm of a potential, so that no later one moves it further than the one before did. Of a sharp
+    plan the errors of the rows tell little, for they are small from the start: it is followed until the potentials have settled.
+    """
+    if psi is None and tolerance > 0:
+        psi, iterations = _warm_start(problem, max_iterations)
+    psi = torch.zeros_like(problem.log_b) if psi is None else psi.nan_to_num(0.0, 0.0, 0.0)
+    phi, psi = _update(problem, torch.where(problem.b > 0, psi, -torch.inf))
+    iterations += 1
+    progress = _Progress(newton, 100 * torch.finfo(problem.cost.dtype).eps)
+    while True:
+        step = problem.row_update(psi)
+        moved = (step - phi).nan_to_num(0.0)
+        error = problem.row_error((-moved).exp() * problem.a)
+        worst = float(error.max())
+        reached = tolerance > 0 and worst <= tolerance
+        if iterations >= max_iterations or reached or progress.is_stuck(worst):
+            plan = problem.plan(phi, psi)
+            if not reached or iterations >= max_iterations or progress.settled or not problem.is_sharp(plan, tolerance):
+                return plan, phi, psi, error.to(problem.cost.dtype), iterations
+        furthest = float(moved.abs().max())
+        if progress.newton or reached:
+            newton_step, distance = _newton_step(problem, step, psi)
+            phi, psi = _update(problem, psi + newton_step)
+            progress.note(distance, reached)
+            ran = 1
+        elif furthest > _ABSORB / 4:
+            phi, psi, ran = step, problem.column_update(step), 1
+        else:
+            allowed = min(max_iterations - iterations, int(_ABSORB / max(furthest, 1e-12)))
+            scaling = Scaling(problem, problem.plan(phi, psi))
+            ran, _ = scaling.run(allowed, tolerance)
+            phi, psi = phi + scaling.u.double().log(), psi + scaling.v.double().log()
+            progress.newton = scaling.slow
+        iterations += ran
+        progress.newton |= tolerance > 0 and iterations > 2 * _PATIENCE
+
+
+def _warm_start(problem: Problem, max_iterations: int) -> tuple[Tensor | None, int]:
+    """Return potentials to start from, found at scores that double from the ordinary range on, and the updates that took."""
+    halvings = max(0, ceil(log2(problem.span / _NARROW))) if problem.span > 0 else 0
+    if 3 * halvings + _PATIENCE > max_iterations:
+        return None, 0
+    psi = torch.zeros_like(problem.log_b)
+    for level in range(halvings, 0, -1):
+        warmer = problem.at(1 / 2**level)
+        _, psi = _update(warmer, psi)
+        for _ in range(2):
+            psi = psi + _newton_step(warmer, warmer.row_update(psi), psi)[0]
+        psi = 2 * psi
+    return psi, 3 * halvings
+
+
+def anneal(problem: Problem, betas: list[float], debiased: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Update once at each temperature of a falling sequence; return what ``solve`` returns.
+
+    Args:
+        problem: The batch, with the rates of the end.
+        betas: Inverse temperatures relative to the last of them, one more than there are updates.
+        debiased: Whether a row update keeps the share ``theta`` of the one before.
+    """
+    phi, psi = problem.log_a, problem.log_b
+    for t, beta in enumerate(betas[:-1]):
+        theta = (beta - betas[t - 1]) / beta if debiased and t else 0.0
+        # A row without mass has nothing to keep: -inf less -inf.
+        kept = theta * (phi - problem.log_a).nan_to_num(0.0)
+        phi = problem.at(beta).row_update(psi) + kept
+        psi = problem.at(betas[t + 1]).column_update(phi)
+    plan = problem.plan(phi, psi)
+    return plan, phi, psi, problem.row_error(plan.sum(-1)), len(betas) - 1
+
+
+def _update(problem: Problem, psi: Tensor) -> Potentials:
+    phi = problem.row_update(psi)
+    return phi, problem.column_update(phi)
+
+
+class _Progress:
+    """Whether Newton steps are taken, and whether they still gain anything.
+
+    Attributes:
+        newton: Whether they are taken.
+        settled: Whether the last of them was so short that, as they converge quadratically, no other is needed.
+    """
+
+    def __init__(self, newton: bool, rounding: float) -> None:
+        self.newton, self._rounding = newton, rounding
+        self._best, self._since = float("inf"), 0
+        self.settled, self._polished = False, 0
+
+    def is_stuck(self, error: float) -> bool:
+        """Return whether the error has stayed where it is for many Newton steps; few where it is as small as rounding."""
+        if not self.newton:
+            return False
+        self._since = 0 if error < self._best / 2 else self._since + 1
+        self._best = min(self._best, error)
+        return self._since >= (4 if error < self._rounding else 50)
+
+    def note(self, distance: float, reached: bool) -> None:
+        """Take account of a Newton step; between parts of a plan that hardly touch they never settle, so that some must do."""
+        self._polished += reached
+        self.settled = distance < _SETTLED or self._polished >= 10
+
+
+def _newton_step(problem: Problem, phi: Tensor, psi: Tensor) -> tuple[Tensor, float]:
+    """Return a damped Newton step of ``psi`` and how far it would have gone undamped; ``phi`` is the row update.
+
+    It raises the semi-dual ``<b, psi> - sum_i a_i LSE_j(x_ij + psi_j)``, whose third derivative along a step ``h`` is at most ``max h - min h``
+    times the second: so a share ``log(1 + d) / d`` of the step with ``d = max h - min h`` raises it from any start (Sun and Tran-Dinh,
+    Mathematical Programming 2019, generalized self-concordance).
+    """
+    system = laplacian(problem.plan(phi, psi))
+    # b less the sums of the columns, from the logarithms: near a permutation both are equal to all digits of a sum.
+    residual = (-torch.expm1(psi - problem.column_update(phi)).nan_to_num(0.0) * problem.b).to(problem.b.dtype)
+    right = residual[0].numpy() if isinstance(system.plan, np.ndarray) else residual
+    step = as_tensor(system.solve(right)).double()
+    with_mass = problem.b > 0
+    high = torch.where(with_mass, step, -torch.inf).amax(-1, keepdim=True)
+    low = torch.where(with_mass, step, torch.inf).amin(-1, keepdim=True)
+    distance = (high - low).clamp_min(torch.finfo(step.dtype).eps)
+    return (step - low) * (distance.log1p() / distance), float(distance.max())
+
+
+class Scaling:
+    """Row and column updates of a kernel ``K``: the plan is ``u * K * v``.
+
+    Attributes:
+        u: ``(B, n)``, the scaling of the rows.
+        v: ``(B, m)``, that of the columns.
+        slow: Whether a run was left because Newton steps would be faster.
+    """
+
+    def __init__(self, problem: Problem, kernel: Tensor) -> None:
+        self.problem, self.kernel = problem, kernel
+        self.u, self.v = torch.ones_like(problem.a), torch.ones_like(problem.b)
+        self.slow = False
+        if not problem.unit:
+            _hold_empty(kernel, problem)
+
+    def run(self, iterations: int, tolerance: float) -> tuple[int, Tensor]:
+        """Run up to ``iterations`` updates, fewer where the tolerance is reached or too far away.
+
+        Returns the number of updates and the error of the rows ``(B,)``; the columns are exact.
+        """
+        rows, columns, divide, tensors = self._arithmetic()
+        a, b, u, v = tensors
+        before = 0.0
+        sums = rows(v)
+        for done in range(1, iterations + 1):
+            divide(a, sums, out=u)
+            divide(b, columns(u), out=v)
+            sums = rows(v)
+            if tolerance > 0 and done % _CHECK_EVERY == 0:
+                error = float(self._error(u * sums).max())
+                self.slow = done >= _PATIENCE and _remaining(before, error, tolerance) > _NEWTON_WORTH
+                if error <= tolerance or self.slow:
+                    break
+                before = error
+        return done, self._error(u * sums)
+
+    def plan_(self) -> Tensor:
+        """Turn the kernel into the plan, in its place."""
+        return self.kernel.mul_(self.u[:, :, None]).mul_(self.v[:, None, :])
+
+    def _arithmetic(self) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], list[Any]]:
+        """Return products with the kernel and its transpose, division, and the masses and scalings.
+
+        For one problem on a CPU they are NumPy's, on the same memory: its calls cost a third, its products with a vector half of PyTorch's.
+        """
+        tensors = [self.problem.a, self.problem.b, self.u, self.v]
+        if len(self.kernel) > 1 or self.kernel.device.type != "cpu":
+            return product(self.kernel), product(self.kernel.mT), torch.div, tensors
+        kernel = self.kernel[0].numpy()
+        return kernel.dot, kernel.T.dot, np.divide, [tensor[0].numpy() for tensor in tensors]
+
+    def _error(self, sums: Any) -> Tensor:
+        return self.problem.row_error(sums if isinstance(sums, Tensor) else torch.from_numpy(sums)[None])
+
+
+def _remaining(before: float, error: float, tolerance: float) -> float:
+    """Return how many more updates the tolerance will take, as the last few have gone."""
+    if error >= before:
+        return float("inf")
+    return _CHECK_EVERY * log(tolerance / error) / log(error / before)
+
+
+def _hold_empty(kernel: Tensor, problem: Problem) -> None:
+    """Give rows and columns without mass one entry, so that their scaling is 0 and not 0 / 0."""
+    rows, columns = problem.a == 0, problem.b == 0
+    if rows.any() or columns.any():
+        batch = torch.arange(len(kernel), device=kernel.device)
+        kernel[batch, :, problem.b.argmax(-1)] += rows
+        kernel[batch, problem.a.argmax(-1)] += columns
