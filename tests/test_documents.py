@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("index", [0, 2, 3])
 def test_code_of_the_readme_runs_as_it_stands(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -18,6 +18,14 @@ def test_code_of_the_readme_runs_as_it_stands(index, tmp_path, monkeypatch):
     if "monitor" in names:
         assert names["monitor"].matrix.shape == (5, 5)
         assert names["merge"].n_tasks == 5
+
+
+def test_code_of_the_transport_page_prints_what_it_says(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/transport.md").read_text(), re.DOTALL)
+    exec(compile("\n".join(blocks), "transport.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == [
+        line.removeprefix("# ") for block in blocks for line in block.splitlines() if line.startswith("# ")
+    ]
 
 
 def test_links_of_the_documents_lead_somewhere():
