@@ -83,7 +83,7 @@ def sinkhorn_alignment(
 
     AdamW moves the logits while the temperature falls geometrically, ``final_temperature ** (step / steps)``, so that the soft network ends
     at the hard one. SGD with weight decay moves the residual, its gradient clipped elementwise (settings of the published incremental learning
-    code). A step at which the cost is not finite is left out.
+    code). A step at which the cost or a gradient is not finite is left out.
 
     Args:
         model: Weights of the model to permute.
@@ -122,14 +122,21 @@ def sinkhorn_alignment(
             value.backward()
             if residual:
                 nn.utils.clip_grad_value_(residual.values(), residual_clip)
-            for optimizer in optimizers:
-                optimizer.step()
+            if all(_has_finite_gradients(optimizer) for optimizer in optimizers):
+                for optimizer in optimizers:
+                    optimizer.step()
         if step % max(1, steps // 10) == 0 or step == steps:
             candidate = _candidate(rebasin, model, evaluate or cost, residual)
             history.append(candidate[0])
             best = min(best, candidate, key=lambda candidate: candidate[0])
     lowest, permutations, kept = best
     return Alignment(permutations, lowest, history, "sinkhorn", _is_hard(rebasin), perf_counter() - started, kept)
+
+
+def _has_finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step would leave all that the optimizer trains finite."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return all(bool(parameter.grad.isfinite().all()) for parameter in parameters if parameter.grad is not None)
 
 
 def _is_hard(rebasin: SinkhornRebasin) -> bool:
