@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_rebasin.transport.laplacian import Array, as_native, as_tensor, laplacian, product, row_chunks
+from lit_rebasin.transport.laplacian import Array, as_native, as_tensor, laplacian, ones, product, row_chunks
 
 
 def adjoint(
@@ -52,11 +52,11 @@ def adjoint(
 
 def _weighted_sums(plan: Array, change: Array) -> tuple[Array, Array]:
     """Return the sums of the rows and of the columns of ``plan * change``, some rows at a time: new memory takes longer than the sums."""
-    numpy = isinstance(plan, np.ndarray)
-    row_ones = np.ones(plan.shape[-1], plan.dtype) if numpy else plan.new_ones(len(plan), plan.shape[-1])
     rows, columns = [], 0.0
     for some in row_chunks(plan):
         weighted = plan[..., some, :] * change[..., some, :]
-        rows.append(product(weighted)(row_ones))
-        columns = columns + weighted.sum(-2)
-    return (np.concatenate(rows) if numpy else torch.cat(rows, -1)), columns
+        rows.append(product(weighted)(ones(weighted, -1)))
+        columns = columns + product(weighted.mT)(ones(weighted, -2))
+    if len(rows) == 1:
+        return rows[0], columns
+    return (np.concatenate(rows) if isinstance(plan, np.ndarray) else torch.cat(rows, -1)), columns

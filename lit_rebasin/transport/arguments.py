@@ -50,7 +50,7 @@ def read_arguments(
     temperature = (
         regularization
         if isinstance(regularization, Tensor)
-        else torch.tensor(regularization, dtype=torch.float64, device=scores.device)
+        else torch.scalar_tensor(regularization, dtype=torch.float64, device=scores.device)
     )
     if a is None and b is None and n == m:
         if scores.ndim > 2 or temperature.ndim:

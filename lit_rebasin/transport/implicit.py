@@ -30,7 +30,7 @@ def _sinkhorn(
 ) -> Solution:
     """Solve a batch; return the plan, both potentials, the error and the number of iterations."""
     problem = _problem(cost, a, b, regularization, sign)
-    psi = None if start is None else start.reshape(-1, start.shape[-1]).double() * problem.rate.abs()
+    psi = None if start is None else _flat(start, cost.shape[:-2]).double() * problem.rate.abs()
     return _shaped(cost.shape[:-2], problem, *solve(problem, psi, max_iterations, tolerance))
 
 
@@ -49,14 +49,14 @@ def _annealed_sinkhorn(
 
 
 def _plan_adjoint(plan: Tensor, change: Tensor, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    n, m = plan.shape[-2:]
-    moved, alpha, beta = adjoint(
-        plan.detach().reshape(-1, n, m),
-        change.detach().reshape(-1, n, m),
-        None if da is None else da.reshape(-1, n),
-        None if db is None else db.reshape(-1, m),
-    )
-    return moved.reshape(plan.shape), alpha.reshape(plan.shape[:-1]), beta.reshape(*plan.shape[:-2], m)
+    """Solve the adjoint system of a batch."""
+    batch = plan.shape[:-2]
+    # Detached, as NumPy asks for.
+    da = None if da is None else _flat(da.detach(), batch)
+    db = None if db is None else _flat(db.detach(), batch)
+    solved = adjoint(_flat(plan.detach(), batch), _flat(change.detach(), batch), da, db)
+    moved, alpha, beta = (_unflat(tensor, batch) for tensor in solved)
+    return moved, alpha, beta
 
 
 def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, regularization: Tensor, sign: int) -> Problem:
@@ -64,14 +64,14 @@ def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, regularization: T
     temperatures = regularization.reshape(-1).tolist()
     if not all(0 < temperature < float("inf") for temperature in temperatures):
         raise ValueError("regularization must be above 0 and finite.")
-    n, m = cost.shape[-2:]
-    cost = cost.reshape(-1, n, m)
+    batch = cost.shape[:-2]
+    cost = _flat(cost.detach(), batch)
     rates = [-sign / temperature for temperature in temperatures]
     if a is None or b is None:
-        ones = cost.new_ones(len(cost), n)
+        ones = cost.new_ones(cost.shape[:-1])
         problem = Problem(cost, rates, ones, ones, unit=True)
     else:
-        problem = Problem(cost, rates, a.reshape(-1, n), b.reshape(-1, m))
+        problem = Problem(cost, rates, _flat(a.detach(), batch), _flat(b.detach(), batch))
     problem.check("cost" if sign > 0 else "logits")
     return problem.balanced()
 
@@ -83,8 +83,18 @@ def _shaped(
     # Potentials of one problem may be float32 here, those of several are brought to the unit in float64.
     unit = abs(1 / problem.rates[0]) if len(problem.rates) == 1 else 1 / problem.rate.abs()
     f, g = (phi, psi) if isinstance(unit, float) and unit == 1 else (phi * unit, psi * unit)
-    plan, f, g, error = (tensor.to(plan.dtype).reshape(batch + tensor.shape[1:]) for tensor in (plan, f, g, error))
-    return plan, f, g, error, torch.tensor(iterations)
+    plan, f, g, error = (_unflat(tensor.to(plan.dtype), batch) for tensor in (plan, f, g, error))
+    return plan, f, g, error, torch.scalar_tensor(iterations, dtype=torch.int64)
+
+
+def _flat(tensor: Tensor, batch: torch.Size) -> Tensor:
+    """Bring all leading dimensions to one; by the quicker way if there are none."""
+    return tensor.reshape(-1, *tensor.shape[len(batch) :]) if batch else tensor[None]
+
+
+def _unflat(tensor: Tensor, batch: torch.Size) -> Tensor:
+    """Give a flat batch its leading dimensions back."""
+    return tensor.reshape(batch + tensor.shape[1:]) if batch else tensor[0]
 
 
 # A compiler cannot follow the loops; to it, each of the three is one operator.

@@ -42,7 +42,7 @@ class Laplacian:
     def __init__(self, plan: Array) -> None:
         self.plan = plan
         self.rows, self.columns = product(plan), product(plan.mT)
-        self.a, self.b = self.rows(_ones(plan, -1)), self.columns(_ones(plan, -2))
+        self.a, self.b = self.rows(ones(plan, -1)), self.columns(ones(plan, -2))
         self.inverse_a = _inverse(self.a)
         self.is_dominant = _largest(plan) > _DOMINANT * self.a
         self.diagonal = self.b
@@ -86,8 +86,8 @@ class DominantLaplacian(Laplacian):
         kept = torch.where(self.is_dominant, 0.0, largest)
         rest = plan.scatter(-1, self.dominant[..., None], kept[..., None])
         self.rows, self.columns = product(rest), product(rest.mT)
-        self.off = torch.where(self.is_dominant, self.rows(_ones(plan, -1)), 0.0)
-        self.degrees = self.columns(_ones(plan, -2))
+        self.off = torch.where(self.is_dominant, self.rows(ones(plan, -1)), 0.0)
+        self.degrees = self.columns(ones(plan, -2))
         self.diagonal = self.degrees + self._to_columns(self.entry * self.off * self.inverse_a)
         # Products with the whole plan from here on.
         self.rest_rows, self.rest_columns = self.rows, self.columns
@@ -183,7 +183,7 @@ def row_chunks(matrix: Array) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-def _ones(matrix: Array, dim: int) -> Array:
+def ones(matrix: Array, dim: int) -> Array:
     """Return the vector of ones that goes with a dimension of the matrices."""
     shape = (*matrix.shape[:-2], matrix.shape[dim])
     return np.ones(shape, matrix.dtype) if isinstance(matrix, np.ndarray) else matrix.new_ones(shape)
