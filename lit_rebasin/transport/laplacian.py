@@ -60,6 +60,8 @@ class Laplacian:
 
     def solve(self, right: Array) -> Array:
         """Return the solution, up to a constant; by conjugate gradients, and directly where that takes longer."""
+        # Rounding leaves the right side a sum, for which there is no solution.
+        right = right - self.diagonal * right.sum(-1)[..., None] * _inverse(self.diagonal.sum(-1)[..., None])
         with np.errstate(
             over="ignore", invalid="ignore"
         ):  # of a plan far from its masses, which is then solved directly
@@ -119,6 +121,8 @@ def _conjugate_gradients(operator: Callable[[Array], Array], right: Array, inver
     direction = scaled = inverse * right
     solution, residual = 0.0, right
     energy = dot(right, scaled)
+    if not (energy < float("inf")).all():  # a part of the plan has no link to the rest that the type could hold
+        return None
     target = energy * residual_goal**2
     # A product costs about as much as n / 8 of the direct solution's n^3 operations.
     for _ in range(max(8, right.shape[-1] // 8)):

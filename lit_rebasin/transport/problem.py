@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lit_rebasin.transport.laplacian import row_chunks
 
+# Share of a row beside its largest entry up to which it may be called sharp.
+_SHARP = 0.1
 # Error that is let pass in what a row has beside its largest entry, as a share of it.
 _SHARE_OF_THE_REST = 1e-3
 # Relative difference of the total masses that is taken for rounding.
@@ -76,7 +78,8 @@ class Problem:
 
     def is_sharp(self, plan: Tensor, error: float) -> bool:
         """Return whether a row of a plan has almost all of its mass on one entry, and the rest is not far above an error."""
-        return bool((plan.amax(-1) > (1 - error / _SHARE_OF_THE_REST) * self.a).any())
+        rest = min(error / _SHARE_OF_THE_REST, _SHARP)
+        return bool((plan.amax(-1) > (1 - rest) * self.a).any())
 
     def row_error(self, sums: Tensor) -> Tensor:
         """Return the largest deviation ``(B,)`` of sums ``(B, n)`` from the masses of the rows, relative to the mean mass."""

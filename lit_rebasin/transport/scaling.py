@@ -20,6 +20,8 @@ _CHECK_EVERY = 5
 _PATIENCE, _NEWTON_WORTH = 40, 40
 # Length of a Newton step after which the potentials are right to about its square.
 _SETTLED = 1e-3
+# Error of a float64 sum.
+_ROUNDING = 1e-14
 
 Potentials = tuple[Tensor, Tensor]
 
@@ -90,13 +92,14 @@ def _solve_wide(
     progress = _Progress(newton, 100 * torch.finfo(problem.cost.dtype).eps)
     while True:
         step = problem.row_update(psi)
-        moved = (step - phi).nan_to_num(0.0)
+        moved = torch.where(problem.a > 0, step - phi, 0.0)
         error = problem.row_error((-moved).exp() * problem.a)
         worst = float(error.max())
         reached = tolerance > 0 and worst <= tolerance
         if iterations >= max_iterations or reached or progress.is_stuck(worst):
             plan = problem.plan(phi, psi)
-            if not reached or iterations >= max_iterations or progress.settled or not problem.is_sharp(plan, tolerance):
+            settled = progress.settled or worst < _ROUNDING
+            if not reached or iterations >= max_iterations or settled or not problem.is_sharp(plan, tolerance):
                 return plan, phi, psi, error.to(problem.cost.dtype), iterations
         furthest = float(moved.abs().max())
         if progress.newton or reached:
@@ -193,7 +196,8 @@ def _newton_step(problem: Problem, phi: Tensor, psi: Tensor) -> tuple[Tensor, fl
     # b less the sums of the columns, from the logarithms: near a permutation both are equal to all digits of a sum.
     residual = (-torch.expm1(psi - problem.column_update(phi)).nan_to_num(0.0) * problem.b).to(problem.b.dtype)
     right = residual[0].numpy() if isinstance(system.plan, np.ndarray) else residual
-    step = as_tensor(system.solve(right)).double()
+    # Where it has no finite solution, the step is left to the plain update that follows.
+    step = as_tensor(system.solve(right)).double().nan_to_num(0.0, 0.0, 0.0)
     with_mass = problem.b > 0
     high = torch.where(with_mass, step, -torch.inf).amax(-1, keepdim=True)
     low = torch.where(with_mass, step, torch.inf).amin(-1, keepdim=True)
