@@ -48,8 +48,8 @@ def round_to_polytope(plan: Tensor, a: Tensor | None = None, b: Tensor | None = 
 
     Args:
         plan: ``(..., n, m)``, non-negative.
-        a: ``(..., n)``, masses of the rows. Default: ones.
-        b: ``(..., m)``, masses of the columns with the same total. Default: even shares of the total of ``a``.
+        a: ``(..., n)``, masses of the rows. Default: ones, or even shares of the total of ``b``.
+        b: ``(..., m)``, masses of the columns with the total of ``a``. Default: even shares of it.
 
     Returns:
         ``(..., n, m)``.
@@ -62,18 +62,24 @@ def round_to_polytope(plan: Tensor, a: Tensor | None = None, b: Tensor | None = 
     if not bool((plan >= 0).all() & plan.isfinite().all()):
         raise ValueError("plan holds an entry that is negative, infinite or NaN.")
     n, m = plan.shape[-2:]
-    a = plan.new_ones(n) if a is None else a.to(plan)
-    b = (a.sum(-1, keepdim=True) / m).expand(*a.shape[:-1], m) if b is None else b.to(plan)
-    if a.shape[-1] != n or b.shape[-1] != m:
-        raise ValueError(f"a and b must hold {n} and {m} masses, got {tuple(a.shape)} and {tuple(b.shape)}.")
+    for name, mass, size in (("a", a, n), ("b", b, m)):
+        if mass is not None and mass.shape[-1:] != (size,):
+            raise ValueError(f"{name} must hold {size} masses, got shape {tuple(mass.shape)}.")
+    a, b = (None if mass is None else mass.to(plan) for mass in (a, b))
+    if a is None:
+        a = plan.new_ones(n) if b is None else (b.sum(-1, keepdim=True) / n).expand(*b.shape[:-1], n)
+    if b is None:
+        b = (a.sum(-1, keepdim=True) / m).expand(*a.shape[:-1], m)
     total_a, total_b = a.sum(-1), b.sum(-1)
     if not bool((a >= 0).all() & (b >= 0).all() & ((total_a - total_b).abs() <= 1e-4 * total_a).all()):
         raise ValueError("a and b must be masses of 0 or more with the same total.")
     tiny = torch.finfo(plan.dtype).tiny
-    plan = plan * (a / plan.sum(-1).clamp_min(tiny)).clamp_max(1)[..., None]
-    plan = plan * (b / plan.sum(-2).clamp_min(tiny)).clamp_max(1)[..., None, :]
+    # Quotients of at most one, not clamped ones: those have gradients of 0 * inf where a sum is next to nothing.
+    plan = plan * (a / plan.sum(-1).maximum(a).clamp_min(tiny))[..., None]
+    plan = plan * (b / plan.sum(-2).maximum(b).clamp_min(tiny))[..., None, :]
     rows, columns = (a - plan.sum(-1)).clamp_min(0), (b - plan.sum(-2)).clamp_min(0)
-    missing = rows.sum(-1).clamp_min(tiny)
+    # Equal but for rounding; by the larger one, a plan without an error in its rows is not divided by nothing.
+    missing = rows.sum(-1).maximum(columns.sum(-1)).clamp_min(tiny)
     return plan + rows[..., :, None] * (columns / missing[..., None])[..., None, :]
 
 
