@@ -165,8 +165,11 @@ class ImplicitPlan(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        """Solve the mapped problems as a batch."""
-        return ImplicitPlan.apply(*_moved(info, in_dims, arguments)), (0, 0, 0, 0, None)
+        """Solve the mapped problems as a batch, which has one schedule."""
+        moved = _moved(info, in_dims, arguments)
+        if len(arguments) == 7:
+            moved[4] = arguments[4]
+        return ImplicitPlan.apply(*moved), (0, 0, 0, 0, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Solution) -> None:

@@ -20,6 +20,8 @@ _CHECK_EVERY = 5
 _PATIENCE, _NEWTON_WORTH = 40, 40
 # Length of a Newton step after which the potentials are right to about its square.
 _SETTLED = 1e-3
+# Factors by which a kernel may be wrong without an underflow that counts, in float32.
+_MODERATE = 1e15
 # Error of a float64 sum.
 _ROUNDING = 1e-14
 
@@ -142,15 +144,37 @@ def anneal(problem: Problem, betas: list[float], debiased: bool) -> tuple[Tensor
         betas: Inverse temperatures relative to the last of them, one more than there are updates.
         debiased: Whether a row update keeps the share ``theta`` of the one before.
     """
-    phi, psi = problem.log_a, problem.log_b
-    for t, beta in enumerate(betas[:-1]):
-        theta = (beta - betas[t - 1]) / beta if debiased and t else 0.0
-        # A row without mass has nothing to keep: -inf less -inf.
-        kept = theta * (phi - problem.log_a).nan_to_num(0.0)
-        phi = problem.at(beta).row_update(psi) + kept
-        psi = problem.at(betas[t + 1]).column_update(phi)
+    psi = problem.log_b
+    phi = row_update = problem.at(betas[0]).row_update(psi)
+    highest = problem.rate.new_tensor([[high] for _, high in problem.bounds])
+    for t, beta in enumerate(betas[1:]):
+        if debiased and t:
+            # A row without mass has nothing to keep: -inf less -inf.
+            phi = row_update + (1 - betas[t - 1] / betas[t]) * (phi - problem.log_a).nan_to_num(0.0)
+        else:
+            phi = row_update
+        # The potentials of the step before, less what the largest score gains: the new kernel is no larger than their plan.
+        colder, guess = problem.at(beta), psi - (beta - betas[t]) * highest
+        kernel = colder.plan(phi, guess)
+        columns = _ratio(problem.b, kernel.sum(-2))
+        rows = _ratio(problem.a, product(kernel)(columns))
+        if _is_moderate(rows) and _is_moderate(columns):
+            psi, row_update = guess + columns.double().log(), phi + rows.double().log()
+        else:
+            psi = colder.column_update(phi)
+            row_update = colder.row_update(psi)
     plan = problem.plan(phi, psi)
     return plan, phi, psi, problem.row_error(plan.sum(-1)), len(betas) - 1
+
+
+def _ratio(mass: Tensor, sums: Tensor) -> Tensor:
+    """Return ``mass / sums``, 0 where there is no mass."""
+    return torch.where(mass > 0, mass / sums, 0.0)
+
+
+def _is_moderate(scaling: Tensor) -> bool:
+    """Return whether a kernel held all that counts for a scaling vector."""
+    return bool(((scaling < _MODERATE) & ((scaling > 1 / _MODERATE) | (scaling == 0))).all())
 
 
 def _update(problem: Problem, psi: Tensor) -> Potentials:

@@ -147,7 +147,7 @@ def test_one_cost_for_all_is_the_even_plan():
         torch.testing.assert_close(result.plan, torch.full((4, 4), 0.25))
         assert result.converged
     assert not annealed_sinkhorn(random_cost(20), steps=20).converged
-    assert annealed_sinkhorn(torch.ones(1, 1)).plan.item() == 1
+    assert annealed_sinkhorn(torch.ones(1, 1)).plan.item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -205,7 +205,6 @@ def test_func_transforms_and_compile():
         torch.testing.assert_close(torch.autograd.grad(compiled, leaf)[0], gradient)
 
 
-@pytest.mark.xfail(raises=TypeError, reason="the vmap rule gives the temperatures of the schedule a batch dimension")
 def test_vmap():
     cost = torch.stack([random_cost(5, seed) for seed in range(3)])
     mapped = torch.func.vmap(lambda c: annealed_sinkhorn(c, steps=10).plan)(cost)
