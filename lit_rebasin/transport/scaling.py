@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_rebasin.transport.laplacian import as_tensor, laplacian, product
+from lit_rebasin.transport.laplacian import product
+from lit_rebasin.transport.newton import Progress, newton_step
 from lit_rebasin.transport.problem import Problem
 
 # Scores and logarithms of the masses that span less than this cannot overflow a float32 scaling vector, nor lose an entry that counts.
@@ -18,8 +19,6 @@ _ABSORB = 20.0
 _CHECK_EVERY = 5
 # Updates before it is asked whether Newton steps would be faster, and the updates that one of them is worth.
 _PATIENCE, _NEWTON_WORTH = 40, 40
-# Length of a Newton step after which the potentials are right to about its square.
-_SETTLED = 1e-3
 # Factors by which a kernel may be wrong without an underflow that counts, in float32.
 _MODERATE = 1e15
 # Error of a float64 sum.
@@ -91,7 +90,7 @@ def _solve_wide(
     psi = torch.zeros_like(problem.log_b) if psi is None else psi.nan_to_num(0.0, 0.0, 0.0)
     phi, psi = _update(problem, torch.where(problem.b > 0, psi, -torch.inf))
     iterations += 1
-    progress = _Progress(newton, 100 * torch.finfo(problem.cost.dtype).eps)
+    progress = Progress(newton, 100 * torch.finfo(problem.cost.dtype).eps)
     while True:
         step = problem.row_update(psi)
         moved = torch.where(problem.a > 0, step - phi, 0.0)
@@ -105,8 +104,8 @@ def _solve_wide(
                 return plan, phi, psi, error.to(problem.cost.dtype), iterations
         furthest = float(moved.abs().max())
         if progress.newton or reached:
-            newton_step, distance = _newton_step(problem, step, psi)
-            phi, psi = _update(problem, psi + newton_step)
+            longer, distance = newton_step(problem, step, psi)
+            phi, psi = _update(problem, psi + longer)
             progress.note(distance, reached)
             ran = 1
         elif furthest > _ABSORB / 4:
@@ -131,7 +130,7 @@ def _warm_start(problem: Problem, max_iterations: int) -> tuple[Tensor | None, i
         warmer = problem.at(1 / 2**level)
         _, psi = _update(warmer, psi)
         for _ in range(2):
-            psi = psi + _newton_step(warmer, warmer.row_update(psi), psi)[0]
+            psi = psi + newton_step(warmer, warmer.row_update(psi), psi)[0]
         psi = 2 * psi
     return psi, 3 * halvings
 
@@ -148,11 +147,9 @@ def anneal(problem: Problem, betas: list[float], debiased: bool) -> tuple[Tensor
     phi = row_update = problem.at(betas[0]).row_update(psi)
     highest = problem.rate.new_tensor([[high] for _, high in problem.bounds])
     for t, beta in enumerate(betas[1:]):
-        if debiased and t:
-            # A row without mass has nothing to keep: -inf less -inf.
-            phi = row_update + (1 - betas[t - 1] / betas[t]) * (phi - problem.log_a).nan_to_num(0.0)
-        else:
-            phi = row_update
+        theta = 1 - betas[t - 1] / betas[t] if debiased and t else 0.0
+        # A row without mass has nothing to keep: -inf less -inf.
+        phi = row_update + theta * (phi - problem.log_a).nan_to_num(0.0)
         # The potentials of the step before, less what the largest score gains: the new kernel is no larger than their plan.
         colder, guess = problem.at(beta), psi - (beta - betas[t]) * highest
         kernel = colder.plan(phi, guess)
@@ -180,53 +177,6 @@ def _is_moderate(scaling: Tensor) -> bool:
 def _update(problem: Problem, psi: Tensor) -> Potentials:
     phi = problem.row_update(psi)
     return phi, problem.column_update(phi)
-
-
-class _Progress:
-    """Whether Newton steps are taken, and whether they still gain anything.
-
-    Attributes:
-        newton: Whether they are taken.
-        settled: Whether the last of them was so short that, as they converge quadratically, no other is needed.
-    """
-
-    def __init__(self, newton: bool, rounding: float) -> None:
-        self.newton, self._rounding = newton, rounding
-        self._best, self._since = float("inf"), 0
-        self.settled, self._polished = False, 0
-
-    def is_stuck(self, error: float) -> bool:
-        """Return whether the error has stayed where it is for many Newton steps; few where it is as small as rounding."""
-        if not self.newton:
-            return False
-        self._since = 0 if error < self._best / 2 else self._since + 1
-        self._best = min(self._best, error)
-        return self._since >= (4 if error < self._rounding else 50)
-
-    def note(self, distance: float, reached: bool) -> None:
-        """Take account of a Newton step; between parts of a plan that hardly touch they never settle, so that some must do."""
-        self._polished += reached
-        self.settled = distance < _SETTLED or self._polished >= 10
-
-
-def _newton_step(problem: Problem, phi: Tensor, psi: Tensor) -> tuple[Tensor, float]:
-    """Return a damped Newton step of ``psi`` and how far it would have gone undamped; ``phi`` is the row update.
-
-    It raises the semi-dual ``<b, psi> - sum_i a_i LSE_j(x_ij + psi_j)``, whose third derivative along a step ``h`` is at most ``max h - min h``
-    times the second: so a share ``log(1 + d) / d`` of the step with ``d = max h - min h`` raises it from any start (Sun and Tran-Dinh,
-    Mathematical Programming 2019, generalized self-concordance).
-    """
-    system = laplacian(problem.plan(phi, psi))
-    # b less the sums of the columns, from the logarithms: near a permutation both are equal to all digits of a sum.
-    residual = (-torch.expm1(psi - problem.column_update(phi)).nan_to_num(0.0) * problem.b).to(problem.b.dtype)
-    right = residual[0].numpy() if isinstance(system.plan, np.ndarray) else residual
-    # Where it has no finite solution, the step is left to the plain update that follows.
-    step = as_tensor(system.solve(right)).double().nan_to_num(0.0, 0.0, 0.0)
-    with_mass = problem.b > 0
-    high = torch.where(with_mass, step, -torch.inf).amax(-1, keepdim=True)
-    low = torch.where(with_mass, step, torch.inf).amin(-1, keepdim=True)
-    distance = (high - low).clamp_min(torch.finfo(step.dtype).eps)
-    return (step - low) * (distance.log1p() / distance), float(distance.max())
 
 
 class Scaling:
