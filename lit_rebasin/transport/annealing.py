@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_rebasin.transport.arguments import read_arguments
+from lit_rebasin.transport.arguments import check_count, read_arguments
 from lit_rebasin.transport.sinkhorn import SinkhornResult, solution
 
 
@@ -30,11 +30,17 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, value in (("beta_0", self.beta_0), ("kappa", self.kappa)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0 and finite, got {value}.")
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a number above 0 and finite, got {value}.")
 
     def beta(self, step: int) -> float:
-        """Return the inverse temperature of a step, counted from 0."""
+        """Return the inverse temperature of a step, counted from 0.
+
+        Raises:
+            ValueError: If the step is negative.
+        """
+        if not step >= 0:
+            raise ValueError(f"step must be 0 or more, got {step}.")
         return self.beta_0 * (1 + step) ** self.kappa
 
     def regularization(self, step: int) -> float:
@@ -76,8 +82,7 @@ def annealed_sinkhorn(
     Raises:
         ValueError: If ``steps`` is not above 0, and as for :func:`sinkhorn`.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_count("steps", steps)
     schedule = Schedule(kappa=2 / 3 if debiased else 1 / 2) if schedule is None else schedule
     arguments = read_arguments(cost, logits, a, b, _range(cost, logits) * schedule.regularization(steps))
     betas = torch.tensor([schedule.beta(step) for step in range(steps + 1)], dtype=torch.float64)

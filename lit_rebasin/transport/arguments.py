@@ -38,6 +38,11 @@ def read_arguments(
     if (cost is None) == (logits is None):
         raise ValueError("Give either cost or logits: a plan minimises the one or maximises the other.")
     name, sign, scores = ("cost", 1, cost) if logits is None else ("logits", -1, logits)
+    for word, tensor in ((name, scores), ("a", a), ("b", b)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{word} must be a tensor, got {type(tensor).__name__}.")
+    if not isinstance(regularization, int | float | Tensor):
+        raise ValueError(f"regularization must be a number or a tensor, got {type(regularization).__name__}.")
     assert scores is not None
     if scores.ndim < 2 or 0 in scores.shape[-2:]:
         raise ValueError(f"{name} must have shape (..., n, m) with n and m above 0, got {tuple(scores.shape)}.")
@@ -63,6 +68,12 @@ def read_arguments(
     )
     scores, a, b = scores.expand(*batch, n, m), a.expand(*batch, n), b.expand(*batch, m)
     return Arguments(scores, sign, a, b, temperature.expand(batch), given)
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise a ValueError unless a count is a whole number above 0."""
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be a whole number above 0, got {count}.")
 
 
 def _masses(a: Tensor | None, b: Tensor | None, n: int, m: int, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ def assignment(gain: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         ValueError: If a gain is not square in its last two dimensions, or holds a NaN or an infinity.
     """
     if not isinstance(gain, Tensor):
+        if isinstance(gain, str) or not all(isinstance(one, Tensor) for one in gain):
+            raise ValueError(f"gain must be a tensor or a sequence of tensors, got {type(gain).__name__}.")
         return [assignment(one) for one in gain]
     if gain.ndim < 2 or gain.shape[-1] != gain.shape[-2]:
         raise ValueError(f"gain must be square in its last two dimensions, got shape {tuple(gain.shape)}.")
@@ -32,6 +34,8 @@ def assignment(gain: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     if not values.isfinite().all():
         raise ValueError("gain holds a NaN or an infinity, so it has no best permutation.")
     n = gain.shape[-1]
+    if values.numel() == 0:
+        return torch.empty(gain.shape[:-1], dtype=torch.long)
     best = values.argmax(-1)
     for one, columns in zip(values.reshape(-1, n, n), best.view(-1, n), strict=True):
         # Where the best columns of the rows differ, no permutation is better; as of a sharp plan.
@@ -57,8 +61,9 @@ def round_to_polytope(plan: Tensor, a: Tensor | None = None, b: Tensor | None = 
     Raises:
         ValueError: If the plan is negative or not finite, or shapes or totals do not fit.
     """
-    if plan.ndim < 2 or 0 in plan.shape[-2:]:
-        raise ValueError(f"plan must have shape (..., n, m) with n and m above 0, got {tuple(plan.shape)}.")
+    if plan.ndim < 2 or 0 in plan.shape[-2:] or not plan.is_floating_point():
+        given = f"{tuple(plan.shape)} of {plan.dtype}"
+        raise ValueError(f"plan must hold floating point numbers (..., n, m) with n and m above 0, got {given}.")
     if not bool((plan >= 0).all() & plan.isfinite().all()):
         raise ValueError("plan holds an entry that is negative, infinite or NaN.")
     n, m = plan.shape[-2:]
@@ -70,9 +75,12 @@ def round_to_polytope(plan: Tensor, a: Tensor | None = None, b: Tensor | None = 
         a = plan.new_ones(n) if b is None else (b.sum(-1, keepdim=True) / n).expand(*b.shape[:-1], n)
     if b is None:
         b = (a.sum(-1, keepdim=True) / m).expand(*a.shape[:-1], m)
+    for name, mass in (("a", a), ("b", b)):
+        if not bool((mass >= 0).all() & mass.isfinite().all()):
+            raise ValueError(f"{name} holds a mass that is negative, infinite or NaN.")
     total_a, total_b = a.sum(-1), b.sum(-1)
-    if not bool((a >= 0).all() & (b >= 0).all() & ((total_a - total_b).abs() <= 1e-4 * total_a).all()):
-        raise ValueError("a and b must be masses of 0 or more with the same total.")
+    if not bool(((total_a - total_b).abs() <= 1e-4 * total_a).all()):
+        raise ValueError(f"a and b must have the same total mass, got {total_a.tolist()} and {total_b.tolist()}.")
     tiny = torch.finfo(plan.dtype).tiny
     # Quotients of at most one, not clamped ones: those have gradients of 0 * inf where a sum is next to nothing.
     plan = plan * (a / plan.sum(-1).maximum(a).clamp_min(tiny))[..., None]

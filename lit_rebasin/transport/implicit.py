@@ -29,8 +29,10 @@ def _sinkhorn(
     tolerance: float,
 ) -> Solution:
     """Solve a batch; return the plan, both potentials, the error and the number of iterations."""
+    if 0 in cost.shape[:-2]:
+        return _empty_solution(cost)
     problem = _problem(cost, a, b, regularization, sign)
-    psi = None if start is None else _flat(start, cost.shape[:-2]).double() * problem.rate.abs()
+    psi = None if start is None else _start(problem, _flat(start, cost.shape[:-2]))
     return _shaped(cost.shape[:-2], problem, *solve(problem, psi, max_iterations, tolerance))
 
 
@@ -44,6 +46,8 @@ def _annealed_sinkhorn(
     debiased: bool,
 ) -> Solution:
     """Anneal a batch, ``regularization`` being that of the last of ``betas``."""
+    if 0 in cost.shape[:-2]:
+        return _empty_solution(cost)
     problem = _problem(cost, a, b, regularization, sign)
     return _shaped(cost.shape[:-2], problem, *anneal(problem, (betas / betas[-1]).tolist(), debiased))
 
@@ -51,6 +55,8 @@ def _annealed_sinkhorn(
 def _plan_adjoint(plan: Tensor, change: Tensor, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Solve the adjoint system of a batch."""
     batch = plan.shape[:-2]
+    if 0 in batch:
+        return torch.zeros_like(plan), plan.new_zeros(plan.shape[:-1]), plan.new_zeros(batch + plan.shape[-1:])
     # Detached, as NumPy asks for.
     da = None if da is None else _flat(da.detach(), batch)
     db = None if db is None else _flat(db.detach(), batch)
@@ -74,6 +80,20 @@ def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, regularization: T
         problem = Problem(cost, rates, _flat(a.detach(), batch), _flat(b.detach(), batch))
     problem.check("cost" if sign > 0 else "logits")
     return problem.balanced()
+
+
+def _start(problem: Problem, potentials: Tensor) -> Tensor:
+    """Return the potentials of the columns without their unit; those of columns that had no mass are as good as any."""
+    if not (potentials < torch.inf).all():
+        raise ValueError("warm_start holds a NaN or an infinity.")
+    return potentials.double().masked_fill(potentials == -torch.inf, 0) * problem.rate.abs()
+
+
+def _empty_solution(cost: Tensor) -> Solution:
+    """Return the solution of a batch of no problems."""
+    error = cost.new_zeros(cost.shape[:-2])
+    rows, columns = cost.new_zeros(cost.shape[:-1]), cost.new_zeros(cost.shape[:-2] + cost.shape[-1:])
+    return torch.zeros_like(cost), rows, columns, error, torch.scalar_tensor(0, dtype=torch.int64)
 
 
 def _shaped(

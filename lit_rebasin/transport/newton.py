@@ -25,12 +25,12 @@ class Progress:
         self.settled, self._polished = False, 0
 
     def is_stuck(self, error: float) -> bool:
-        """Return whether the error has stayed where it is for many Newton steps; few where it is as small as rounding."""
-        if not self.newton:
+        """Return whether the error is as small as rounding and some Newton steps have not halved it."""
+        if not self.newton or error > self._rounding:
             return False
         self._since = 0 if error < self._best / 2 else self._since + 1
         self._best = min(self._best, error)
-        return self._since >= (4 if error < self._rounding else 50)
+        return self._since >= 4
 
     def note(self, distance: float, reached: bool) -> None:
         """Take account of a Newton step; between parts of a plan that hardly touch they never settle, so that some must do."""

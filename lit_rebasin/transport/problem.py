@@ -104,6 +104,8 @@ class Problem:
             name: What the caller calls the cost.
         """
         if not all(isfinite(low) and isfinite(high) for low, high in self.bounds):
+            if self.cost.isfinite().all():
+                raise ValueError(f"regularization is too small for the size of {name}: their quotient overflows.")
             raise ValueError(f"{name} holds a NaN or an infinity.")
         if self.unit:
             return

@@ -19,6 +19,8 @@ _ABSORB = 20.0
 _CHECK_EVERY = 5
 # Updates before it is asked whether Newton steps would be faster, and the updates that one of them is worth.
 _PATIENCE, _NEWTON_WORTH = 40, 40
+# Newton steps at each temperature of a warm start, unless one of them is shorter than one.
+_LEVEL_STEPS = 15
 # Factors by which a kernel may be wrong without an underflow that counts, in float32.
 _MODERATE = 1e15
 # Error of a float64 sum.
@@ -123,16 +125,21 @@ def _solve_wide(
 def _warm_start(problem: Problem, max_iterations: int) -> tuple[Tensor | None, int]:
     """Return potentials to start from, found at scores that double from the ordinary range on, and the updates that took."""
     halvings = max(0, ceil(log2(problem.span / _NARROW))) if problem.span > 0 else 0
-    if 3 * halvings + _PATIENCE > max_iterations:
+    if (_LEVEL_STEPS + 1) * halvings + _PATIENCE > max_iterations:
         return None, 0
     psi = torch.zeros_like(problem.log_b)
+    iterations = halvings
     for level in range(halvings, 0, -1):
         warmer = problem.at(1 / 2**level)
         _, psi = _update(warmer, psi)
-        for _ in range(2):
-            psi = psi + newton_step(warmer, warmer.row_update(psi), psi)[0]
+        for _ in range(_LEVEL_STEPS):
+            longer, distance = newton_step(warmer, warmer.row_update(psi), psi)
+            psi = psi + longer
+            iterations += 1
+            if distance < 1:
+                break
         psi = 2 * psi
-    return psi, 3 * halvings
+    return psi, iterations
 
 
 def anneal(problem: Problem, betas: list[float], debiased: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_rebasin.transport.arguments import Arguments, read_arguments
+from lit_rebasin.transport.arguments import Arguments, check_count, read_arguments
 from lit_rebasin.transport.implicit import ImplicitPlan
 
 
@@ -16,7 +16,8 @@ class SinkhornResult:
         plan: ``(..., n, m)``, non-negative; the columns have their masses, the rows theirs within ``marginal_error``, up to rounding.
         potentials: The pair ``(f, g)``, ``(..., n)`` and ``(..., m)`` in units of the cost, with
             ``plan = exp((f + g - cost) / regularization)``, ``cost = -logits`` where those were given. -inf where there is no mass.
-        marginal_error: ``(...)``, the largest deviation of a row sum from its mass, as a multiple of the mean mass of a row.
+        marginal_error: ``(...)``, the largest deviation of a row sum from its mass, as a multiple of the mean mass of a row; that of the
+            potentials, which the entries of a float32 plan round.
         iterations: Row-and-column updates that were run, Newton steps included; the same for the whole batch.
         converged: ``(...)``, whether ``marginal_error`` is within the tolerance.
     """
@@ -59,9 +60,9 @@ def sinkhorn(
         logits: Gains, in the place of ``cost``: ``cost = -logits``, as the re-basin literature maximises.
         regularization: Temperature, above 0, in units of the cost: a number, or ``(...)`` for one a problem.
         max_iterations: Bound on the updates.
-        tolerance: Stop once ``marginal_error`` is at most this; looked at every fifth update. With 0 all iterations are run, from potentials of
-            zero and by plain updates. Float32 reaches about 1e-6.
-        warm_start: Potentials ``(f, g)`` of a similar problem.
+        tolerance: Stop once ``marginal_error`` is at most this; looked at every fifth update. With 0 all iterations are run, and plain
+            updates only.
+        warm_start: Potentials ``(f, g)`` of a similar problem. Default: zeros.
 
     Returns:
         The plan and how it was reached.
@@ -74,9 +75,8 @@ def sinkhorn(
         >>> plan.diagonal()
         tensor([0.8808, 0.8808])
     """
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
-    if not tolerance >= 0:
+    check_count("max_iterations", max_iterations)
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or more, got {tolerance}.")
     arguments = read_arguments(cost, logits, a, b, regularization)
     start = None if warm_start is None else _column_potentials(warm_start, arguments.scores)
@@ -92,10 +92,15 @@ def solution(arguments: Arguments, extra: Tensor | None, *settings: float, toler
 
 def _column_potentials(warm_start: tuple[Tensor, Tensor], scores: Tensor) -> Tensor:
     """Return those of the columns, for the first update makes those of the rows."""
-    f, g = warm_start
     *batch, n, m = scores.shape
-    if f.shape[-1:] != (n,) or g.shape[-1:] != (m,):
+    if not isinstance(warm_start, tuple) or [type(one) for one in warm_start] != [Tensor, Tensor]:
+        raise ValueError("warm_start must be a pair of tensors, the potentials of another result.")
+    f, g = warm_start
+    try:
+        f.expand(*batch, n)
+        return g.detach().to(scores.dtype).expand(*batch, m)
+    except RuntimeError:
+        expected = f"{(*batch, n)} and {(*batch, m)}"
         raise ValueError(
-            f"warm_start must be potentials of {n} rows and {m} columns, got {tuple(f.shape)} and {tuple(g.shape)}."
-        )
-    return g.detach().to(scores.dtype).expand(*batch, m)
+            f"warm_start must be of shapes {expected}, got {tuple(f.shape)} and {tuple(g.shape)}."
+        ) from None

@@ -70,7 +70,7 @@ def test_schedule():
 @pytest.mark.parametrize("name", ["beta_0", "kappa"])
 @pytest.mark.parametrize("value", [0.0, -1.0, NAN, float("inf")])
 def test_schedule_errors(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be above 0 and finite"):
+    with pytest.raises(ValueError, match=f"{name} must be a number above 0 and finite"):
         Schedule(**{name: value})
 
 
@@ -238,7 +238,7 @@ def test_rows_and_columns_without_mass_might_as_well_be_absent(debiased):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"cost": GOOD, "steps": 0}, "steps must be at least 1"),
+        ({"cost": GOOD, "steps": 0}, "steps must be a whole number"),
         ({}, "either cost or logits"),
         ({"cost": GOOD, "logits": GOOD}, "either cost or logits"),
         ({"cost": GOOD[0]}, "cost must have shape"),

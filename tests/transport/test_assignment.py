@@ -188,15 +188,15 @@ def test_gradient_of_rounding_stays_finite_and_small(row, dtype):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((torch.zeros(3),), "plan must have shape"),
-        ((torch.zeros(0, 3),), "plan must have shape"),
+        ((torch.zeros(3),), "plan must hold floating point numbers"),
+        ((torch.zeros(0, 3),), "plan must hold floating point numbers"),
         ((-EVEN,), "negative"),
         ((EVEN * NAN,), "NaN"),
         ((EVEN, torch.ones(3)), "a must hold"),
         ((EVEN, torch.tensor(1.0)), "a must hold"),
         ((EVEN, None, torch.ones(3)), "b must hold"),
-        ((EVEN, torch.tensor([2.0, -1.0])), "0 or more"),
-        ((EVEN, torch.tensor([NAN, 1.0])), "0 or more"),
+        ((EVEN, torch.tensor([2.0, -1.0])), "a holds a mass that is negative"),
+        ((EVEN, torch.tensor([NAN, 1.0])), "a holds a mass that is negative"),
         ((EVEN, torch.ones(2), torch.tensor([1.0, 2.0])), "same total"),
     ],
 )

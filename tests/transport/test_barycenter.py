@@ -314,3 +314,15 @@ GOOD, NAN = torch.zeros(3, 2), float("nan")
 def test_errors(arguments, match):
     with pytest.raises(ValueError, match=match):
         doubly_regularized_barycenter(**arguments)
+
+
+def test_plans_belong_to_the_particles_that_are_returned():
+    """Those that solve the transport of the returned support, not of the one before the last step."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(7, 2, generator=generator, dtype=torch.float64)
+    found = doubly_regularized_barycenter([points], inner=0.5, particles=20, steps=3, tolerance=1e-10)
+    cost = torch.cdist(found.support, points) ** 2 / 2
+    expected = ot.sinkhorn(
+        np.full(20, 1 / 20), np.full(7, 1 / 7), cost.numpy(), 0.5, method="sinkhorn_log", stopThr=1e-12
+    )
+    np.testing.assert_allclose(found.plans[0].numpy(), expected, rtol=0, atol=1e-8)

@@ -79,7 +79,7 @@ def test_gradient_of_masses_is_that_of_moving_mass():
         change = ((exact_plan(cost, moved, b) - exact_plan(cost, a, b)) * upstream).sum() / step
         assert float(change.detach()) == pytest.approx(float(over_a[i] - over_a[j]), abs=1e-5)
     scaled = ((exact_plan(cost, (1 + step) * a, (1 + step) * b) - exact_plan(cost, a, b)) * upstream).sum() / step
-    assert float(scaled.detach()) == pytest.approx(float((a * over_a).sum() + (b * over_b).sum()), abs=1e-5)
+    assert float(scaled.detach()) == pytest.approx(float(((a * over_a).sum() + (b * over_b).sum()).detach()), abs=1e-5)
 
 
 def dense_gradient(plan, upstream):

@@ -165,8 +165,94 @@ def test_warm_start():
     torch.testing.assert_close(again.plan, cold.plan)
     near = sinkhorn(cost, regularization=0.02, warm_start=sinkhorn(cost, regularization=0.021).potentials)
     torch.testing.assert_close(near.plan, sinkhorn(cost, regularization=0.02, tolerance=1e-9).plan, rtol=0, atol=1e-4)
-    bad = (torch.full((30,), torch.inf), 1e6 * torch.arange(30.0))
+    bad = (torch.full((30,), torch.inf), 1e6 * torch.arange(30.0))  # those of the rows are not used
     torch.testing.assert_close(sinkhorn(cost, regularization=0.2, tolerance=1e-9, warm_start=bad).plan, cold.plan)
+
+
+def hard_problem(kind, n, seed):
+    """Costs near a permutation, in blocks, of points or random, with random masses."""
+    generator, i = torch.Generator().manual_seed(seed), torch.arange(n)
+    noise = torch.rand(n, n, generator=generator, dtype=torch.float64)
+    if kind == "permutation":
+        cost = 0.1 * noise - torch.eye(n)[torch.randperm(n, generator=generator)]
+    elif kind == "blocks":
+        cost = 0.1 * noise + ((i[:, None] * 3 // n) != (i * 3 // n)).double()
+    elif kind == "points":
+        cost = torch.cdist(*torch.rand(2, n, 2, generator=generator, dtype=torch.float64)) ** 2
+    else:
+        cost = noise
+    a, b = 0.05 + torch.rand(2, n, generator=generator, dtype=torch.float64)
+    return cost, a / a.sum(), b / b.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["permutation", "blocks", "points", "random"])
+def test_plans_at_low_temperatures_cost_what_the_exact_plan_costs(kind, dtype):
+    """Against POT's network simplex: an entropic plan costs at most the entropy, n log n times the regularization, more."""
+    for n, seed in ((24, 0), (24, 1), (46, 2)):
+        cost, a, b = hard_problem(kind, n, seed)
+        exact = ot.emd2(a.numpy(), b.numpy(), cost.numpy())
+        for regularization in (1e-3, 1e-4, 1e-5, 1e-6):
+            result = sinkhorn(cost.to(dtype), a.to(dtype), b.to(dtype), regularization=regularization)
+            assert result.plan.isfinite().all()
+            assert bool(result.converged)
+            gap = float((result.plan.double() * cost).sum()) - exact
+            assert -1e-5 < gap < 2 * regularization * np.log(n) + 1e-5
+
+
+def test_plans_of_nan_are_never_called_converged(monkeypatch):
+    """Should a solve break down, the result says so."""
+    monkeypatch.setattr(
+        "lit_rebasin.transport.scaling.newton_step", lambda problem, phi, psi: (torch.full_like(psi, torch.nan), 1.0)
+    )
+    result = sinkhorn(random_matrix(12, 12), regularization=0.02, max_iterations=100)
+    assert result.plan.isnan().any()
+    assert not bool(result.converged)
+
+
+@pytest.mark.parametrize("regularization", [1.0, 0.2])
+def test_a_loose_tolerance_takes_no_longer(regularization):
+    logits = random_matrix(64, 64, dtype=torch.float32)
+    loose, tight = (
+        sinkhorn(logits=logits, regularization=regularization, tolerance=tolerance).iterations
+        for tolerance in (1e-2, 1e-6)
+    )
+    assert loose <= tight
+
+
+def test_a_sharp_plan_is_exact_off_the_permutation():
+    """All errors of rows are below the tolerance from the start, where next to nothing of a row is off its entry."""
+    logits = 16 * torch.eye(64, dtype=torch.float64) + random_matrix(64, 64)
+    plan = sinkhorn(logits=logits).plan
+    exact = sinkhorn(logits=logits, tolerance=1e-14, max_iterations=5000).plan
+    assert float(plan.diagonal().min()) > 0.999
+    torch.testing.assert_close(plan, exact, rtol=1e-5, atol=0)
+
+
+def test_masses_over_many_decades():
+    a = torch.logspace(-25, 0, 8, dtype=torch.float64)
+    b = a.flip(0)
+    for dtype in (torch.float32, torch.float64):
+        result = sinkhorn(random_matrix(8, 8, dtype=dtype), a.to(dtype), b.to(dtype), tolerance=1e-6)
+        torch.testing.assert_close(result.plan.sum(-2), b.to(dtype), rtol=1e-4, atol=0)
+        torch.testing.assert_close(result.plan.sum(-1), a.to(dtype), rtol=0, atol=1e-6)
+
+
+def test_totals_that_differ_by_rounding_are_brought_together():
+    a = torch.ones(5, dtype=torch.float64)
+    result = sinkhorn(random_matrix(5, 5), a, (1 + 5e-5) * a, tolerance=1e-12)
+    assert bool(result.converged)
+    torch.testing.assert_close(result.plan.sum(-2), a, rtol=0, atol=1e-11)
+
+
+def test_a_batch_of_no_problems():
+    cost = torch.zeros(0, 3, 4, requires_grad=True)
+    result = sinkhorn(cost, torch.ones(3))
+    assert result.plan.shape == (0, 3, 4)
+    assert result.potentials[1].shape == (0, 4)
+    assert result.converged.shape == (0,)
+    result.plan.sum().backward()
+    assert cost.grad.shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize("regularization", [1.0, 0.01])
@@ -273,7 +359,16 @@ def test_half_precision_is_solved_in_float32():
         ({"cost": torch.zeros(3, 3), "max_iterations": 0}, "max_iterations"),
         ({"cost": torch.zeros(3, 3), "tolerance": -1.0}, "tolerance"),
         ({"cost": torch.zeros(3, 3), "tolerance": torch.nan}, "tolerance"),
-        ({"cost": torch.zeros(3, 3), "warm_start": (torch.zeros(3), torch.zeros(2))}, "warm_start"),
+        ({"cost": torch.zeros(3, 3), "warm_start": (torch.zeros(3), torch.zeros(2))}, "warm_start must be of shapes"),
+        ({"cost": torch.zeros(3, 3), "warm_start": torch.zeros(2, 3)}, "warm_start must be a pair"),
+        ({"cost": torch.zeros(3, 3), "warm_start": (torch.zeros(3), torch.full((3,), torch.nan))}, "warm_start holds"),
+        ({"cost": torch.eye(3), "warm_start": (torch.zeros(3), torch.full((3,), torch.inf))}, "warm_start holds"),
+        ({"cost": np.zeros((3, 3))}, "cost must be a tensor, got ndarray"),
+        ({"cost": torch.zeros(3, 3), "a": 0.1}, "a must be a tensor, got float"),
+        ({"cost": torch.zeros(3, 3), "regularization": None}, "regularization must be a number"),
+        ({"cost": torch.eye(3).double(), "regularization": 1e-320}, "regularization is too small"),
+        ({"cost": torch.zeros(3, 3), "max_iterations": 5.5}, "max_iterations must be a whole number"),
+        ({"cost": torch.zeros(3, 3), "tolerance": None}, "tolerance"),
     ],
 )
 def test_errors(arguments, match):
