@@ -37,9 +37,9 @@ fastest of all. For "fixed" it is the best of the temperatures tried, which a us
 
 COST = """### What an iteration costs
 
-Milliseconds an iteration, at the largest T. An annealed iteration has a kernel of its own, two exponentials of the
-whole matrix in the log domain; one at a fixed temperature is two products of a matrix with a vector. Counted in
-iterations the annealed ones can be ahead without their being so in seconds.
+Milliseconds an iteration, at the largest T. An annealed iteration has a kernel of its own, the exponential of a whole
+matrix; one at a fixed temperature is two products of a matrix with a vector. Counted in iterations the annealed ones
+can be ahead without their being so in seconds.
 """
 
 PUBLISHED_TEXT = """## Beside the published figures
@@ -47,8 +47,7 @@ PUBLISHED_TEXT = """## Beside the published figures
 Gap at T = 1000, and the slope of the logarithm of the gap over that of T, from T = {first} to {last}. The published
 ones are read off the figures of Chizat (arXiv 2408.11620), of other draws of such costs; in theory the slopes are -1/2
 and -2/3. They are rates for measures with a density. Of n points, the gap falls faster once the temperature is small
-beside the differences between the few best permutations: debiased, from T = 30 to 1000, with -0.81 for 150 geometric
-points, and from T = 20 to 200 with -0.72 for 300 and -0.70 for 500.
+beside the differences between the few best permutations, which is sooner for few points and for random costs.
 """
 
 

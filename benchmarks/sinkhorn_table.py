@@ -12,8 +12,12 @@ one thread of a CPU. The scores are `I + 0.1 N(0, 1)` ("init", how the published
 TIME = """## Time
 
 Median milliseconds of {iterations} iterations and the backward; in parentheses how many times ours that is, the
-median over the turns. In a turn every method runs once, so that whatever else the machine does hits all alike;
-{turns} turns after a warm-up of two.
+median over the turns. In a turn every method makes up to {calls} calls in a row (2048 / n), as a training step does for its permutation
+groups, so that whatever else the machine does hits all alike; {turns} turns after a warm-up of two.
+"""
+
+SINGLE = """The same with one call a turn, between those of the others, so that each finds the caches full of another's:
+
 """
 
 MEMORY = """## Memory
@@ -52,8 +56,10 @@ def write_table(found, path):
     lines = [
         INTRODUCTION,
         f"Made by `{protocol['command']}` with {versions}, {protocol['threads']} thread, {protocol['cpu']}.\n",
-        TIME.format(iterations=protocol["iterations"], turns=turns),
-        *_by_size(found["seconds"], lambda n, cell: f"{_digits(cell['ms'])} ({cell['times_ours']:.1f}x)"),
+        TIME.format(iterations=protocol["iterations"], turns=turns, calls=protocol["calls"]),
+        *_by_size(found["seconds"], _time),
+        SINGLE.rstrip() + "\n",
+        *_by_size(found["single"], _time),
         f"![milliseconds by n]({path.with_suffix('.png').name})\n",
         MEMORY,
         *_by_size(found["memory"], _memory),
@@ -93,6 +99,10 @@ def _by_case(cases, show):
             shown = ["fails" if "failure" in cell else show(cell) for cell in cells]
             rows.append([name, count, *shown])
     return _table(["method", "iterations", *(f"n = {case.replace(' ', ', ')}" for case in cases)], rows)
+
+
+def _time(n, cell):
+    return f"{_digits(cell['ms'])} ({cell['times_ours']:.1f}x)"
 
 
 def _memory(n, cell):
