@@ -172,7 +172,7 @@ def product(matrix: Array) -> Callable[[Array], Array]:
 
 def as_native(tensor: Tensor) -> Array:
     """Return one problem on a CPU as an array, anything else as it is."""
-    return tensor[0].numpy() if len(tensor) == 1 and tensor.device.type == "cpu" else tensor
+    return tensor[0].numpy() if tensor.shape[0] == 1 and tensor.is_cpu else tensor
 
 
 def as_tensor(array: Array) -> Tensor:

@@ -56,7 +56,7 @@ class Problem:
     @cached_property
     def bounds(self) -> list[tuple[float, float]]:
         """The least and the largest score of each problem."""
-        if len(self.cost) == 1:  # many times as fast as along a dimension
+        if self.cost.shape[0] == 1:  # many times as fast as along a dimension
             low, high = torch.aminmax(self.cost)
             ends = [(low.item(), high.item())]
         else:

@@ -58,7 +58,7 @@ def solve(
 
 def _kernel(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Return ``exp(x + shift)``, with the shift ``(B, 1)``, if any, that brings the scores near to zero."""
-    if len(problem.cost) == 1 and max(map(abs, problem.bounds[0])) < _NARROW:
+    if problem.cost.shape[0] == 1 and max(map(abs, problem.bounds[0])) < _NARROW:
         return _exp_(problem.cost * problem.rates[0]), None
     shift = problem.rate.new_tensor([-(low + high) / 2 for low, high in problem.bounds])[:, None]
     scores = problem.cost * problem.rate[:, :, None].to(problem.cost.dtype)
@@ -68,9 +68,10 @@ def _kernel(problem: Problem) -> tuple[Tensor, Tensor | None]:
 
 def _exp_(scores: Tensor) -> Tensor:
     """Take the exponential in place; on a CPU by NumPy, in half of PyTorch's time."""
-    if scores.device.type != "cpu":
+    if not scores.is_cpu:
         return scores.exp_()
-    np.exp(scores.numpy(), out=scores.numpy())
+    array = scores.numpy()
+    np.exp(array, out=array)
     return scores
 
 
@@ -233,7 +234,7 @@ class Scaling:
         For one problem on a CPU they are NumPy's, on the same memory: its calls cost a third, its products with a vector half of PyTorch's.
         """
         tensors = [self.problem.a, self.problem.b, self.u, self.v]
-        if len(self.kernel) > 1 or self.kernel.device.type != "cpu":
+        if self.kernel.shape[0] > 1 or not self.kernel.is_cpu:
             return product(self.kernel), product(self.kernel.mT), torch.div, tensors
         kernel = self.kernel[0].numpy()
         return kernel.dot, kernel.T.dot, np.divide, [tensor[0].numpy() for tensor in tensors]
