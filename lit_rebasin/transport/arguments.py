@@ -62,7 +62,7 @@ def read_arguments(
             batch = _batch(**{name: scores.shape[:-2], "regularization": temperature.shape})
             scores, temperature = scores.expand(*batch, n, m), temperature.expand(batch)
         return Arguments(scores, sign, None, None, temperature, given)
-    a, b = _masses(a, b, n, m, scores)
+    a, b = fill_masses(a, b, n, m, scores)
     batch = _batch(
         **{name: scores.shape[:-2], "a": a.shape[:-1], "b": b.shape[:-1], "regularization": temperature.shape}
     )
@@ -76,16 +76,20 @@ def check_count(name: str, count: int) -> None:
         raise ValueError(f"{name} must be a whole number above 0, got {count}.")
 
 
-def _masses(a: Tensor | None, b: Tensor | None, n: int, m: int, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both masses; one that is not given shares out the total of the other, ones for the rows if there is none."""
+def fill_masses(a: Tensor | None, b: Tensor | None, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both masses; one that is not given shares out the total of the other, ones for the rows if there is none.
+
+    Raises:
+        ValueError: If a mass has not the size of its side.
+    """
     for word, mass, size in (("a", a, n), ("b", b, m)):
         if mass is not None and (mass.ndim < 1 or mass.shape[-1] != size):
             side = "rows" if word == "a" else "columns"
             raise ValueError(f"{word} must hold one mass for each of the {size} {side}, got {tuple(mass.shape)}.")
-    a = None if a is None else a.to(scores.dtype)
-    b = None if b is None else b.to(scores.dtype)
+    a = None if a is None else a.to(like.dtype)
+    b = None if b is None else b.to(like.dtype)
     if a is None:
-        a = scores.new_ones(n) if b is None else (b.sum(-1, keepdim=True) / n).expand(*b.shape[:-1], n)
+        a = like.new_ones(n) if b is None else (b.sum(-1, keepdim=True) / n).expand(*b.shape[:-1], n)
     if b is None:
         b = (a.sum(-1, keepdim=True) / m).expand(*a.shape[:-1], m)
     return a, b

@@ -7,6 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lit_rebasin.transport.arguments import fill_masses
+
 
 @overload
 def assignment(gain: Tensor) -> Tensor: ...
@@ -67,14 +69,7 @@ def round_to_polytope(plan: Tensor, a: Tensor | None = None, b: Tensor | None = 
     if not bool((plan >= 0).all() & plan.isfinite().all()):
         raise ValueError("plan holds an entry that is negative, infinite or NaN.")
     n, m = plan.shape[-2:]
-    for name, mass, size in (("a", a, n), ("b", b, m)):
-        if mass is not None and mass.shape[-1:] != (size,):
-            raise ValueError(f"{name} must hold {size} masses, got shape {tuple(mass.shape)}.")
-    a, b = (None if mass is None else mass.to(plan) for mass in (a, b))
-    if a is None:
-        a = plan.new_ones(n) if b is None else (b.sum(-1, keepdim=True) / n).expand(*b.shape[:-1], n)
-    if b is None:
-        b = (a.sum(-1, keepdim=True) / m).expand(*a.shape[:-1], m)
+    a, b = fill_masses(a, b, n, m, plan)
     for name, mass in (("a", a), ("b", b)):
         if not bool((mass >= 0).all() & mass.isfinite().all()):
             raise ValueError(f"{name} holds a mass that is negative, infinite or NaN.")

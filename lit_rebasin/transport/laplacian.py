@@ -62,9 +62,8 @@ class Laplacian:
         """Return the solution, up to a constant; by conjugate gradients, and directly where that takes longer."""
         # Rounding leaves the right side a sum, for which there is no solution.
         right = right - self.diagonal * right.sum(-1)[..., None] * _inverse(self.diagonal.sum(-1)[..., None])
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # of a plan far from its masses, which is then solved directly
+        # A plan far from its masses may overflow, and is then solved directly.
+        with np.errstate(over="ignore", invalid="ignore"):
             solution = _conjugate_gradients(self.__matmul__, right, _inverse(self.diagonal))
         if solution is not None:
             return solution

@@ -62,7 +62,8 @@ def sinkhorn(
         max_iterations: Bound on the updates.
         tolerance: Stop once ``marginal_error`` is at most this; looked at every fifth update. With 0 all iterations are run, and plain
             updates only.
-        warm_start: Potentials ``(f, g)`` of a similar problem. Default: zeros.
+        warm_start: Potentials ``(f, g)`` of a similar problem. Default: zeros, or where ``tolerance`` is above 0 and the temperature low,
+            potentials found at higher ones.
 
     Returns:
         The plan and how it was reached.

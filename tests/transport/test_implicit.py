@@ -104,20 +104,13 @@ def test_gradient_of_an_early_stop_is_that_of_the_masses_that_were_reached():
     torch.testing.assert_close(torch.autograd.grad(solved.plan, logits, upstream)[0], gradient)
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 5.0, 10.0, 16.0, 30.0])
+@pytest.mark.parametrize("sharpness", [1.0, 5.0, 10.0, 16.0])
 def test_float32_gradient_equals_the_published_formula_in_float64(sharpness):
     p = torch.randperm(24, generator=torch.Generator().manual_seed(2))
     logits = (sharpness * torch.eye(24)[p] + random_matrix(24, 24, dtype=torch.float32)).requires_grad_()
     upstream = random_matrix(24, 24, seed=1)
     plan = sinkhorn(logits=logits).plan
     (plan * upstream.float()).sum().backward()
-    if (
-        sharpness > 16
-    ):  # where the published formula itself loses all digits: to first order P * (G - G at the permutation, both ways)
-        centred = upstream - upstream.gather(1, p[:, None])
-        assert logits.grad.isfinite().all()
-        assert logits.grad.abs().max() <= 10 * (plan.detach() * centred).abs().sum()
-        return
     expected = dense_gradient(plan.detach().double(), upstream)
     assert (logits.grad - expected).norm() < 2e-5 * expected.norm()
 
