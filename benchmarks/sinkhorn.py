@@ -152,7 +152,7 @@ def main():
     for n in sizes:
         turns = options.turns * max(1, 1024 // n)
         for kind, calls in (("seconds", max(1, min(IN_A_ROW, 2048 // n))), ("single", 1)):
-            kept[kind][n] = summarise(time_in_turns(every, n, turns if calls == 1 else options.turns, calls))
+            kept[kind][n] = summarise(time_in_turns(every, n, turns, calls))
             for name, figures in kept[kind][n].items():
                 say(
                     f"n = {n}: {name}: {figures['ms']:.2f} ms, {figures['times_ours']:.1f} times ours, {calls} in a row"

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_rebasin.transport.laplacian import Array, as_native, as_tensor, laplacian, ones, product, row_chunks
+from lit_rebasin.transport.laplacian import Array, as_native, laplacian, ones, product, row_chunks
 
 
 def adjoint(
     plan: Tensor, change: Tensor, da: Tensor | None = None, db: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Array, Array, Array]:
     """Solve the system; return ``P * (change - alpha 1' - 1 beta')``, ``alpha`` and ``beta``.
 
-    A constant may be added to ``alpha`` and taken from ``beta``; which one is left open, and what a row or column without mass gets.
+    Tensors, or for one problem on a CPU it may be arrays without the leading dimension. A constant may be added to ``alpha`` and taken from
+    ``beta``; which one is left open, and what a row or column without mass gets.
 
     Args:
         plan: ``(B, n, m)``.
@@ -47,7 +48,7 @@ def adjoint(
         moved += at_dominant[..., None]
     moved -= shift[..., None]
     moved *= matrix
-    return as_tensor(moved), as_tensor(shift - at_dominant + offset), as_tensor(beta)
+    return moved, shift - at_dominant + offset, beta
 
 
 def _weighted_sums(plan: Array, change: Array) -> tuple[Array, Array]:

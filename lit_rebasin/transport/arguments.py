@@ -15,7 +15,7 @@ class Arguments:
         sign: 1 for costs, -1 for logits.
         a: ``(..., n)``, or None where all masses are ones.
         b: ``(..., m)``, or None, too.
-        regularization: ``(...)``.
+        regularization: ``(...)``, or a number for all.
         dtype: What the caller gave, and gets.
     """
 
@@ -23,7 +23,7 @@ class Arguments:
     sign: int
     a: Tensor | None
     b: Tensor | None
-    regularization: Tensor
+    regularization: float | Tensor
     dtype: torch.dtype
 
 
@@ -52,22 +52,21 @@ def read_arguments(
     given, (n, m) = scores.dtype, scores.shape[-2:]
     dtype = torch.float64 if given == torch.float64 else torch.float32
     scores = scores.to(dtype)
-    temperature = (
-        regularization
-        if isinstance(regularization, Tensor)
-        else torch.scalar_tensor(regularization, dtype=torch.float64, device=scores.device)
-    )
-    if a is None and b is None and n == m:
-        if scores.ndim > 2 or temperature.ndim:
-            batch = _batch(**{name: scores.shape[:-2], "regularization": temperature.shape})
-            scores, temperature = scores.expand(*batch, n, m), temperature.expand(batch)
-        return Arguments(scores, sign, None, None, temperature, given)
-    a, b = fill_masses(a, b, n, m, scores)
-    batch = _batch(
-        **{name: scores.shape[:-2], "a": a.shape[:-1], "b": b.shape[:-1], "regularization": temperature.shape}
-    )
-    scores, a, b = scores.expand(*batch, n, m), a.expand(*batch, n), b.expand(*batch, m)
-    return Arguments(scores, sign, a, b, temperature.expand(batch), given)
+    if torch.compiler.is_compiling() and not isinstance(regularization, Tensor):
+        regularization = torch.scalar_tensor(regularization, dtype=torch.float64, device=scores.device)
+    shapes = {name: scores.shape[:-2]}
+    if isinstance(regularization, Tensor):
+        shapes["regularization"] = regularization.shape
+    if a is not None or b is not None or n != m:
+        a, b = fill_masses(a, b, n, m, scores)
+        shapes |= {"a": a.shape[:-1], "b": b.shape[:-1]}
+    if any(shapes.values()):
+        batch = _batch(shapes)
+        scores = scores.expand(*batch, n, m)
+        regularization = regularization.expand(batch) if isinstance(regularization, Tensor) else regularization
+        if a is not None and b is not None:
+            a, b = a.expand(*batch, n), b.expand(*batch, m)
+    return Arguments(scores, sign, a, b, regularization, given)
 
 
 def check_count(name: str, count: int) -> None:
@@ -95,7 +94,7 @@ def fill_masses(a: Tensor | None, b: Tensor | None, n: int, m: int, like: Tensor
     return a, b
 
 
-def _batch(**shapes: torch.Size) -> torch.Size:
+def _batch(shapes: dict[str, torch.Size]) -> torch.Size:
     """Return the leading dimensions that all arguments broadcast to."""
     try:
         return torch.broadcast_shapes(*shapes.values())

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
 from lit_rebasin.transport.adjoint import adjoint
+from lit_rebasin.transport.laplacian import Array
 from lit_rebasin.transport.problem import Problem
 from lit_rebasin.transport.scaling import anneal, solve
 
@@ -66,19 +68,19 @@ def _plan_adjoint(plan: Tensor, change: Tensor, da: Tensor | None, db: Tensor | 
     return moved, alpha, beta
 
 
-def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, regularization: Tensor, sign: int) -> Problem:
+def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, regularization: float | Tensor, sign: int) -> Problem:
     """Return the flat, checked and balanced batch."""
-    temperatures = regularization.reshape(-1).tolist()
+    if isinstance(regularization, Tensor):
+        temperatures = regularization.reshape(-1).tolist()
+    else:
+        temperatures = [float(regularization)] * cost.shape[:-2].numel()
     if not all(0 < temperature < float("inf") for temperature in temperatures):
         raise ValueError("regularization must be above 0 and finite.")
     batch = cost.shape[:-2]
     cost = _flat(cost.detach(), batch)
     rates = [-sign / temperature for temperature in temperatures]
-    if a is None or b is None:
-        ones = cost.new_ones(cost.shape[:-1])
-        problem = Problem(cost, rates, ones, ones, unit=True)
-    else:
-        problem = Problem(cost, rates, _flat(a.detach(), batch), _flat(b.detach(), batch))
+    masses = None if a is None or b is None else (_flat(a.detach(), batch), _flat(b.detach(), batch))
+    problem = Problem(cost, rates, masses)
     problem.check("cost" if sign > 0 else "logits")
     return problem.balanced()
 
@@ -98,14 +100,15 @@ def _empty_solution(cost: Tensor) -> Solution:
 
 
 def _shaped(
-    batch: torch.Size, problem: Problem, plan: Tensor, phi: Tensor, psi: Tensor, error: Tensor, iterations: int
+    batch: torch.Size, problem: Problem, plan: Array, phi: Array, psi: Array, error: Array, iterations: int
 ) -> Solution:
     """Give the flat batch its shape again, and the potentials the unit of the cost."""
-    # Potentials of one problem may be float32 here, those of several are brought to the unit in float64.
+    # Those of one problem may be float32 here, of several they are brought to the unit in float64.
     unit = abs(1 / problem.rates[0]) if len(problem.rates) == 1 else 1 / problem.rate.abs()
-    f, g = (phi, psi) if isinstance(unit, float) and unit == 1 else (phi * unit, psi * unit)
-    plan, f, g, error = (_unflat(tensor.to(plan.dtype), batch) for tensor in (plan, f, g, error))
-    return plan, f, g, error, torch.scalar_tensor(iterations, dtype=torch.int64)
+    f, g = phi * unit, psi * unit
+    result, f, g, error = (_unflat(array, batch) for array in (plan, f, g, error))
+    f, g, error = (tensor.to(result.dtype) for tensor in (f, g, error))
+    return result, f, g, error, torch.scalar_tensor(iterations, dtype=torch.int64)
 
 
 def _flat(tensor: Tensor, batch: torch.Size) -> Tensor:
@@ -113,9 +116,12 @@ def _flat(tensor: Tensor, batch: torch.Size) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[len(batch) :]) if batch else tensor[None]
 
 
-def _unflat(tensor: Tensor, batch: torch.Size) -> Tensor:
-    """Give a flat batch its leading dimensions back."""
-    return tensor.reshape(batch + tensor.shape[1:]) if batch else tensor[0]
+def _unflat(array: Array, batch: torch.Size) -> Tensor:
+    """Give a flat batch its leading dimensions back, or those of one problem to its array."""
+    if isinstance(array, Tensor):
+        return array.reshape(batch + array.shape[1:]) if batch else array[0]
+    tensor = torch.from_numpy(np.asarray(array))
+    return tensor.reshape(batch + tensor.shape) if batch else tensor
 
 
 # A compiler cannot follow the loops; to it, each of the three is one operator.
@@ -175,7 +181,7 @@ class ImplicitPlan(torch.autograd.Function):
         cost: Tensor,
         a: Tensor | None,
         b: Tensor | None,
-        regularization: Tensor,
+        regularization: float | Tensor,
         extra: Tensor | None,
         sign: int,
         *settings: Any,
@@ -196,7 +202,9 @@ class ImplicitPlan(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Solution) -> None:
         """Keep the plan, which is all that the gradient needs."""
         ctx.sign, ctx.settings, ctx.unit = inputs[5], len(inputs) - 6, inputs[1] is None
-        ctx.save_for_backward(output[0], inputs[3])
+        regularization = inputs[3]
+        ctx.number = None if isinstance(regularization, Tensor) else regularization
+        ctx.save_for_backward(output[0], regularization if ctx.number is None else None)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -206,16 +214,20 @@ class ImplicitPlan(torch.autograd.Function):
         if gradient is None:
             return (None,) * (6 + ctx.settings)
         plan, regularization = ctx.saved_tensors
+        regularization = ctx.number or regularization
         scores, alpha, beta = _Adjoint.apply(plan, gradient, None, None)
         masses = (None, None) if ctx.unit else _fixed_gauge(plan, alpha, beta)
         temperature = None
         if ctx.needs_input_grad[3]:
             # The rows and columns of the gradient sum to zero, so that log P stands for the scores, without their large numbers.
             temperature = -torch.xlogy(scores, plan).sum((-2, -1)).to(regularization.dtype) / regularization
-        rate = (regularization.reciprocal() * -ctx.sign).to(plan.dtype)[..., None, None]
-        # New memory of this size takes longer than the product itself, and is needed only where autograd records it.
-        cost = scores * rate if torch.is_grad_enabled() else scores.mul_(rate)
-        return (cost, *masses, temperature, *[None] * (2 + ctx.settings))
+        divisor = regularization if ctx.sign < 0 else -regularization
+        if ctx.number is None and divisor.ndim:
+            divisor = divisor.to(plan.dtype)[..., None, None]
+        if ctx.number is None or divisor != 1:
+            # New memory of this size takes longer than the division itself, and is needed only where autograd records it.
+            scores = scores / divisor if torch.is_grad_enabled() else scores.div_(divisor)
+        return (scores, *masses, temperature, *[None] * (2 + ctx.settings))
 
 
 def _fixed_gauge(plan: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,9 @@ _CHUNK = 1 << 15
 
 def laplacian(plan: Tensor) -> "Laplacian":
     """Return the Laplacian of a batch of plans ``(B, n, m)``."""
-    native = as_native(plan)
-    result = Laplacian(native)
-    if result.is_dominant.any():
+    result = Laplacian(as_native(plan))
+    # Row by row the largest entries take ten times as long, and are seldom needed.
+    if result.plan.max() > _DOMINANT * result.a.min() and result.is_dominant.any():
         return DominantLaplacian(plan)
     return result
 
@@ -44,8 +44,12 @@ class Laplacian:
         self.rows, self.columns = product(plan), product(plan.mT)
         self.a, self.b = self.rows(ones(plan, -1)), self.columns(ones(plan, -2))
         self.inverse_a = _inverse(self.a)
-        self.is_dominant = _largest(plan) > _DOMINANT * self.a
         self.diagonal = self.b
+
+    @property
+    def is_dominant(self) -> Array:
+        """Whether a row has most of its mass on one entry."""
+        return row_maxima(self.plan) > _DOMINANT * self.a
 
     def centre(self, change: Array) -> tuple[Array, Array]:
         """Return a matrix less an offset of each row that makes it small where the plan is large, and the offsets."""
@@ -61,7 +65,7 @@ class Laplacian:
     def solve(self, right: Array) -> Array:
         """Return the solution, up to a constant; by conjugate gradients, and directly where that takes longer."""
         # Rounding leaves the right side a sum, for which there is no solution.
-        right = right - self.diagonal * right.sum(-1)[..., None] * _inverse(self.diagonal.sum(-1)[..., None])
+        right = right - self.diagonal * (right.sum(-1) * _inverse(self.diagonal.sum(-1)))[..., None]
         # A plan far from its masses may overflow, and is then solved directly.
         with np.errstate(over="ignore", invalid="ignore"):
             solution = _conjugate_gradients(self.__matmul__, right, _inverse(self.diagonal))
@@ -80,14 +84,14 @@ class DominantLaplacian(Laplacian):
 
     def __init__(self, plan: Tensor) -> None:
         super().__init__(plan)
-        self.dominant = plan.argmax(-1)
+        self.dominant, self.has_dominant = plan.argmax(-1), self.is_dominant
         largest = plan.gather(-1, self.dominant[..., None])[..., 0]
-        self.entry = torch.where(self.is_dominant, largest, 0.0)
+        self.entry = torch.where(self.has_dominant, largest, 0.0)
         # The plan without the dominant entries; a row that has none keeps the one that was looked at.
-        kept = torch.where(self.is_dominant, 0.0, largest)
+        kept = torch.where(self.has_dominant, 0.0, largest)
         rest = plan.scatter(-1, self.dominant[..., None], kept[..., None])
         self.rows, self.columns = product(rest), product(rest.mT)
-        self.off = torch.where(self.is_dominant, self.rows(ones(plan, -1)), 0.0)
+        self.off = torch.where(self.has_dominant, self.rows(ones(plan, -1)), 0.0)
         self.degrees = self.columns(ones(plan, -2))
         self.diagonal = self.degrees + self._to_columns(self.entry * self.off * self.inverse_a)
         # Products with the whole plan from here on.
@@ -100,12 +104,12 @@ class DominantLaplacian(Laplacian):
 
     def centre(self, change: Tensor) -> tuple[Tensor, Tensor]:
         """Subtract from each row the value at its dominant entry."""
-        offset = torch.where(self.is_dominant, change.gather(-1, self.dominant[..., None])[..., 0], 0.0)
+        offset = torch.where(self.has_dominant, change.gather(-1, self.dominant[..., None])[..., 0], 0.0)
         return change - offset[..., None], offset
 
     def row_means(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value at the dominant entry, and what ``P values / a`` is above that."""
-        at_dominant = torch.where(self.is_dominant, values.gather(-1, self.dominant), 0.0)
+        at_dominant = torch.where(self.has_dominant, values.gather(-1, self.dominant), 0.0)
         return at_dominant, (self.rest_rows(values) - self.off * at_dominant) * self.inverse_a
 
     def __matmul__(self, values: Tensor) -> Tensor:
@@ -171,12 +175,12 @@ def product(matrix: Array) -> Callable[[Array], Array]:
 
 def as_native(tensor: Tensor) -> Array:
     """Return one problem on a CPU as an array, anything else as it is."""
-    return tensor[0].numpy() if tensor.shape[0] == 1 and tensor.is_cpu else tensor
+    return tensor.numpy()[0] if tensor.shape[0] == 1 and tensor.is_cpu else tensor
 
 
 def as_tensor(array: Array) -> Tensor:
     """Return the batch again that ``as_native`` was given."""
-    return torch.from_numpy(array)[None] if isinstance(array, np.ndarray) else array
+    return array if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array)[None])
 
 
 def row_chunks(matrix: Array) -> list[slice]:
@@ -192,16 +196,16 @@ def ones(matrix: Array, dim: int) -> Array:
     return np.ones(shape, matrix.dtype) if isinstance(matrix, np.ndarray) else matrix.new_ones(shape)
 
 
-def _largest(plan: Array) -> Array:
-    """Return the largest entry of each row."""
-    return plan.max(-1) if isinstance(plan, np.ndarray) else plan.amax(-1)
+def row_maxima(array: Array) -> Array:
+    """Return the largest entries along the last dimension."""
+    return array.max(-1) if isinstance(array, np.ndarray) else array.amax(-1)
 
 
 def _inverse(values: Array) -> Array:
     """Return ``1 / values``; of a zero a number that is finite, for what it is multiplied with is zero, too."""
-    if isinstance(values, np.ndarray):
-        return 1 / np.maximum(values, np.finfo(values.dtype).tiny)
-    return 1 / values.clamp_min(torch.finfo(values.dtype).tiny)
+    if isinstance(values, Tensor):
+        return 1 / values.clamp_min(torch.finfo(values.dtype).tiny)
+    return 1 / np.maximum(values, np.finfo(values.dtype).tiny)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from lit_rebasin.transport.laplacian import row_chunks
+from lit_rebasin.transport.laplacian import Array, row_chunks, row_maxima
 
 # Share of a row beside its largest entry up to which it may be called sharp.
 _SHARP = 0.1
@@ -15,6 +15,11 @@ _SHARP = 0.1
 _SHARE_OF_THE_REST = 1e-3
 # Relative difference of the total masses that is taken for rounding.
 _MASS_TOLERANCE = 1e-4
+
+
+def row_error(sums: Array, a: Array) -> Array:
+    """Return the largest deviation ``(B,)`` of sums ``(B, n)`` from the masses of the rows, relative to the mean mass."""
+    return row_maxima(abs(sums - a)) * (a.shape[-1] / a.sum(-1))
 
 
 @dataclass
@@ -27,16 +32,22 @@ class Problem:
     Attributes:
         cost: ``(B, n, m)``.
         rates: One a problem, plain numbers.
-        a: ``(B, n)``.
-        b: ``(B, m)``.
-        unit: Whether all masses are ones, so that nothing need be asked of them.
+        masses: Of the rows and of the columns, or None where all are ones, so that nothing need be asked of them.
     """
 
     cost: Tensor
     rates: list[float]
-    a: Tensor
-    b: Tensor
-    unit: bool = False
+    masses: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def a(self) -> Tensor:
+        """Masses of the rows."""
+        return torch.ones_like(self.cost[..., 0]) if self.masses is None else self.masses[0]
+
+    @cached_property
+    def b(self) -> Tensor:
+        """Masses of the columns."""
+        return torch.ones_like(self.cost[..., 0, :]) if self.masses is None else self.masses[1]
 
     @cached_property
     def rate(self) -> Tensor:
@@ -74,17 +85,12 @@ class Problem:
 
     def largest_logarithm(self) -> float:
         """Return the largest absolute logarithm of a positive mass."""
-        return 0.0 if self.unit else max(float(mass[mass > 0].log().abs().max()) for mass in (self.a, self.b))
+        return 0.0 if self.masses is None else max(float(mass[mass > 0].log().abs().max()) for mass in self.masses)
 
     def is_sharp(self, plan: Tensor, error: float) -> bool:
         """Return whether a row of a plan has almost all of its mass on one entry, and the rest is not far above an error."""
         rest = min(error / _SHARE_OF_THE_REST, _SHARP)
         return bool((plan.amax(-1) > (1 - rest) * self.a).any())
-
-    def row_error(self, sums: Tensor) -> Tensor:
-        """Return the largest deviation ``(B,)`` of sums ``(B, n)`` from the masses of the rows, relative to the mean mass."""
-        error = (sums - self.a).abs_().amax(-1)
-        return error if self.unit else error / self.a.mean(-1)
 
     def at(self, factor: float) -> "Problem":
         """Return the problem with all scores multiplied by a factor."""
@@ -92,10 +98,10 @@ class Problem:
 
     def balanced(self) -> "Problem":
         """Return the same problem with the total of ``b`` brought to that of ``a``, from which rounding keeps it apart."""
-        if self.unit:
+        if self.masses is None:
             return self
-        total_a, total_b = self.a.sum(-1, keepdim=True), self.b.sum(-1, keepdim=True)
-        return self if torch.equal(total_a, total_b) else replace(self, b=self.b * (total_a / total_b))
+        total_a, total_b = (mass.sum(-1, keepdim=True) for mass in self.masses)
+        return self if torch.equal(total_a, total_b) else replace(self, masses=(self.a, self.b * (total_a / total_b)))
 
     def check(self, name: str) -> None:
         """Raise a ValueError about numbers that no plan exists for.
@@ -107,9 +113,9 @@ class Problem:
             if self.cost.isfinite().all():
                 raise ValueError(f"regularization is too small for the size of {name}: their quotient overflows.")
             raise ValueError(f"{name} holds a NaN or an infinity.")
-        if self.unit:
+        if self.masses is None:
             return
-        for word, mass in (("a", self.a), ("b", self.b)):
+        for word, mass in zip("ab", self.masses, strict=True):
             if not bool((mass >= 0).all() & mass.isfinite().all()):
                 raise ValueError(f"{word} holds a mass that is negative, infinite or NaN.")
         total_a, total_b = self.a.sum(-1), self.b.sum(-1)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_rebasin.transport.laplacian import product
+from lit_rebasin.transport.laplacian import Array, as_native, as_tensor, ones, product
 from lit_rebasin.transport.newton import Progress, newton_step
-from lit_rebasin.transport.problem import Problem
+from lit_rebasin.transport.problem import Problem, row_error
 
 # Scores and logarithms of the masses that span less than this cannot overflow a float32 scaling vector, nor lose an entry that counts.
 _NARROW = 40.0
@@ -31,8 +31,10 @@ Potentials = tuple[Tensor, Tensor]
 
 def solve(
     problem: Problem, start: Tensor | None, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+) -> tuple[Array, Array, Array, Array, int]:
     """Return the plan, ``phi``, ``psi``, the error of the rows ``(B,)`` and the number of updates, Newton steps included.
+
+    Tensors, or for one problem on a CPU it may be arrays without the leading dimension.
 
     Args:
         problem: The batch.
@@ -45,34 +47,33 @@ def solve(
     kernel, shift = _kernel(problem)
     scaling = Scaling(problem, kernel)
     if start is not None:
-        scaling.v = (start - start.amax(-1, keepdim=True)).clamp_min(-_NARROW).exp().to(kernel.dtype)
+        scaling.v = as_native((start - start.amax(-1, keepdim=True)).clamp_min(-_NARROW).exp().to(problem.cost.dtype))
     iterations, error = scaling.run(max_iterations, tolerance)
-    phi, psi = scaling.u.log(), scaling.v.log()
-    if shift is not None:
-        phi += shift
+    phi, psi = _log(scaling.u) + shift, _log(scaling.v)
     plan = scaling.plan_()
-    if iterations < max_iterations and (scaling.slow or (tolerance > 0 and problem.is_sharp(plan, tolerance))):
-        return _solve_wide(problem, psi.double(), max_iterations, tolerance, iterations, newton=True)
+    if iterations < max_iterations and (
+        scaling.slow or (tolerance > 0 and problem.is_sharp(as_tensor(plan), tolerance))
+    ):
+        return _solve_wide(problem, as_tensor(psi).double(), max_iterations, tolerance, iterations, newton=True)
     return plan, phi, psi, error, iterations
 
 
-def _kernel(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """Return ``exp(x + shift)``, with the shift ``(B, 1)``, if any, that brings the scores near to zero."""
-    if problem.cost.shape[0] == 1 and max(map(abs, problem.bounds[0])) < _NARROW:
-        return _exp_(problem.cost * problem.rates[0]), None
-    shift = problem.rate.new_tensor([-(low + high) / 2 for low, high in problem.bounds])[:, None]
-    scores = problem.cost * problem.rate[:, :, None].to(problem.cost.dtype)
-    shift = shift.to(scores.dtype)
-    return _exp_(scores.add_(shift[:, :, None])), shift
-
-
-def _exp_(scores: Tensor) -> Tensor:
-    """Take the exponential in place; on a CPU by NumPy, in half of PyTorch's time."""
-    if not scores.is_cpu:
-        return scores.exp_()
-    array = scores.numpy()
-    np.exp(array, out=array)
-    return scores
+def _kernel(problem: Problem) -> tuple[Array, Array]:
+    """Return ``exp(x + shift)``, with the shift that brings scores near to zero where they are not; on a CPU by NumPy, in half the time."""
+    cost = as_native(problem.cost)
+    if isinstance(cost, np.ndarray):
+        low, high = problem.bounds[0]
+        shift = 0.0 if max(-low, high) < _NARROW else -(low + high) / 2
+        scores = cost * problem.rates[0]
+        if shift:
+            scores += shift
+        return np.exp(scores, out=scores), shift
+    shifts = problem.rate.new_tensor([-(low + high) / 2 for low, high in problem.bounds])[:, None].to(cost.dtype)
+    scores = (cost * problem.rate[:, :, None].to(cost.dtype)).add_(shifts[:, :, None])
+    if scores.is_cpu:
+        np.exp(scores.numpy(), out=scores.numpy())
+        return scores, shifts
+    return scores.exp_(), shifts
 
 
 def _solve_wide(
@@ -97,7 +98,7 @@ def _solve_wide(
     while True:
         step = problem.row_update(psi)
         moved = torch.where(problem.a > 0, step - phi, 0.0)
-        error = problem.row_error((-moved).exp() * problem.a)
+        error = row_error((-moved).exp() * problem.a, problem.a)
         worst = float(error.max())
         reached = tolerance > 0 and worst <= tolerance
         if iterations >= max_iterations or reached or progress.is_stuck(worst):
@@ -115,9 +116,10 @@ def _solve_wide(
             phi, psi, ran = step, problem.column_update(step), 1
         else:
             allowed = min(max_iterations - iterations, int(_ABSORB / max(furthest, 1e-12)))
-            scaling = Scaling(problem, problem.plan(phi, psi))
+            scaling = Scaling(problem, as_native(problem.plan(phi, psi)))
             ran, _ = scaling.run(allowed, tolerance)
-            phi, psi = phi + scaling.u.double().log(), psi + scaling.v.double().log()
+            u, v = as_tensor(scaling.u).double(), as_tensor(scaling.v).double()
+            phi, psi = phi + u.log(), psi + v.log()
             progress.newton = scaling.slow
         iterations += ran
         progress.newton |= tolerance > 0 and iterations > 2 * _PATIENCE
@@ -169,7 +171,7 @@ def anneal(problem: Problem, betas: list[float], debiased: bool) -> tuple[Tensor
             psi = colder.column_update(phi)
             row_update = colder.row_update(psi)
     plan = problem.plan(phi, psi)
-    return plan, phi, psi, problem.row_error(plan.sum(-1)), len(betas) - 1
+    return plan, phi, psi, row_error(plan.sum(-1), problem.a), len(betas) - 1
 
 
 def _ratio(mass: Tensor, sums: Tensor) -> Tensor:
@@ -188,7 +190,7 @@ def _update(problem: Problem, psi: Tensor) -> Potentials:
 
 
 class Scaling:
-    """Row and column updates of a kernel ``K``: the plan is ``u * K * v``.
+    """Row and column updates of a kernel ``K``: the plan is ``u * K * v``. One problem on a CPU is an array, on the memory of the kernel.
 
     Attributes:
         u: ``(B, n)``, the scaling of the rows.
@@ -196,20 +198,24 @@ class Scaling:
         slow: Whether a run was left because Newton steps would be faster.
     """
 
-    def __init__(self, problem: Problem, kernel: Tensor) -> None:
-        self.problem, self.kernel = problem, kernel
-        self.u, self.v = torch.ones_like(problem.a), torch.ones_like(problem.b)
+    def __init__(self, problem: Problem, kernel: Array) -> None:
+        self._kernel = kernel
+        self.u, self.v = ones(kernel, -2), ones(kernel, -1)
+        if problem.masses is None:
+            self._a, self._b = ones(kernel, -2), ones(kernel, -1)
+        else:
+            self._a, self._b = map(as_native, problem.masses)
+            _hold_empty(as_tensor(kernel), problem)
         self.slow = False
-        if not problem.unit:
-            _hold_empty(kernel, problem)
 
-    def run(self, iterations: int, tolerance: float) -> tuple[int, Tensor]:
+    def run(self, iterations: int, tolerance: float) -> tuple[int, Array]:
         """Run up to ``iterations`` updates, fewer where the tolerance is reached or too far away.
 
         Returns the number of updates and the error of the rows ``(B,)``; the columns are exact.
         """
-        rows, columns, divide, tensors = self._arithmetic()
-        a, b, u, v = tensors
+        a, b, u, v = self._a, self._b, self.u, self.v
+        rows, columns = product(self._kernel), product(self._kernel.mT)
+        divide: Callable[..., Any] = np.divide if isinstance(a, np.ndarray) else torch.div
         before = 0.0
         sums = rows(v)
         for done in range(1, iterations + 1):
@@ -217,30 +223,26 @@ class Scaling:
             divide(b, columns(u), out=v)
             sums = rows(v)
             if tolerance > 0 and done % _CHECK_EVERY == 0:
-                error = float(self._error(u * sums).max())
+                error = float(row_error(u * sums, a).max())
                 self.slow = done >= _PATIENCE and _remaining(before, error, tolerance) > _NEWTON_WORTH
                 if error <= tolerance or self.slow:
                     break
                 before = error
-        return done, self._error(u * sums)
+        return done, row_error(u * sums, a)
 
-    def plan_(self) -> Tensor:
+    def plan_(self) -> Array:
         """Turn the kernel into the plan, in its place."""
-        return self.kernel.mul_(self.u[:, :, None]).mul_(self.v[:, None, :])
+        self._kernel *= self.u[..., :, None]
+        self._kernel *= self.v[..., None, :]
+        return self._kernel
 
-    def _arithmetic(self) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], list[Any]]:
-        """Return products with the kernel and its transpose, division, and the masses and scalings.
 
-        For one problem on a CPU they are NumPy's, on the same memory: its calls cost a third, its products with a vector half of PyTorch's.
-        """
-        tensors = [self.problem.a, self.problem.b, self.u, self.v]
-        if self.kernel.shape[0] > 1 or not self.kernel.is_cpu:
-            return product(self.kernel), product(self.kernel.mT), torch.div, tensors
-        kernel = self.kernel[0].numpy()
-        return kernel.dot, kernel.T.dot, np.divide, [tensor[0].numpy() for tensor in tensors]
-
-    def _error(self, sums: Any) -> Tensor:
-        return self.problem.row_error(sums if isinstance(sums, Tensor) else torch.from_numpy(sums)[None])
+def _log(scaling: Array) -> Array:
+    """Return the logarithms, -inf where there is no mass."""
+    if isinstance(scaling, Tensor):
+        return scaling.log()
+    with np.errstate(divide="ignore"):
+        return np.log(scaling)
 
 
 def _remaining(before: float, error: float, tolerance: float) -> float:
