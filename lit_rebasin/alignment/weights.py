@@ -6,13 +6,12 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from lit_rebasin.alignment.agreement import TOLERANCE, agreement, bound, exact, gain, is_quadratic, moved, restrict
 from lit_rebasin.alignment.costs import check_same_architecture, l2_cost
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.symmetry import Group, PermutationSpec, neurons, permute
+from lit_rebasin.symmetry import Group, PermutationSpec
 from lit_rebasin.transport import assignment
 
-# The least gain that counts, as a share of the largest gain that norms of this size allow: well above the rounding of float64.
-_TOLERANCE = 1e-9
 # Bound on the steps of a Frank-Wolfe search, as in SciPy.
 _MAX_STEPS = 30
 
@@ -48,7 +47,7 @@ def weight_matching(
     """
     started = perf_counter()
     check_same_architecture(model, reference)
-    ours, theirs = _exact(model), _exact(reference)
+    ours, theirs = exact(model), exact(reference)
     spec = restrict(spec, ours)
     generator = torch.Generator().manual_seed(seed)
     permutations = spec.identity()
@@ -59,15 +58,15 @@ def weight_matching(
         converged = True
         for index in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[index]
-            if _is_quadratic(group):
+            if is_quadratic(group):
                 step = _frank_wolfe(ours, theirs, group)
             else:
-                step = assignment(_gain(ours, theirs, group, torch.eye(group.size, dtype=torch.float64)))
-            moved = _moved(ours, group, step)
-            improvement = _agreement(moved, theirs, group) - _agreement(ours, theirs, group)
-            if improvement > _TOLERANCE * _bound(ours, theirs, group):
+                step = assignment(gain(ours, theirs, group, torch.eye(group.size, dtype=torch.float64)))
+            candidate = moved(ours, group, step)
+            improvement = agreement(candidate, theirs, group) - agreement(ours, theirs, group)
+            if improvement > TOLERANCE * bound(ours, theirs, group):
                 permutations[group.name] = permutations[group.name][step]
-                ours = moved
+                ours = candidate
                 converged = False
         history.append(float(l2_cost(ours, theirs)))
         if converged:
@@ -75,67 +74,18 @@ def weight_matching(
     return Alignment(permutations, history[-1], history, "weights", converged, perf_counter() - started)
 
 
-def restrict(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> PermutationSpec:
-    """Return the spec without the axes of tensors that are not there; groups keep their names."""
-    groups = {
-        name: Group(name, group.size, tuple(axis for axis in group.axes if axis.tensor in tensors))
-        for name, group in spec.groups.items()
-    }
-    return PermutationSpec(groups, spec.fixed)
-
-
-def _exact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().to("cpu", torch.float64) for name, t in weights.items() if t.is_floating_point()}
-
-
-def _is_quadratic(group: Group) -> bool:
-    """Return whether a group moves two dimensions of one tensor."""
-    return len({(axis.tensor, axis.dim) for axis in group.axes}) > len({axis.tensor for axis in group.axes})
-
-
-def _gain(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group, plan: Tensor) -> Tensor:
-    """Return ``(size, size)``, the gradient of the agreement at a plan.
-
-    By the product rule: the inner products of each reference neuron with each model neuron along every axis, where the plan has moved the
-    other axes of the same tensor.
-    """
-    gain = torch.zeros(group.size, group.size, dtype=torch.float64)
-    for axis in group.axes:
-        others = tuple(other for other in group.axes if other.tensor == axis.tensor and other != axis)
-        moved = _moved({axis.tensor: model[axis.tensor]}, Group(group.name, group.size, others), plan)
-        ours, theirs = (neurons(weights[axis.tensor], axis, group.size).flatten(1) for weights in (moved, reference))
-        gain += theirs @ ours.T
-    return gain
-
-
 def _frank_wolfe(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
     """Return a permutation of a group near a local maximum of the agreement over doubly stochastic plans."""
     corners = torch.eye(group.size, dtype=torch.float64)
     plan = corners
     for _ in range(_MAX_STEPS):
-        gradient = _gain(model, reference, group, plan)
+        gradient = gain(model, reference, group, plan)
         direction = corners[assignment(gradient)] - plan
         slope = float((gradient * direction).sum())
-        if slope <= _TOLERANCE * _bound(model, reference, group):
+        if slope <= TOLERANCE * bound(model, reference, group):
             break
         # Along the direction the agreement is a + slope * t + curvature * t^2.
-        start, end = (_agreement(_moved(model, group, p), reference, group) for p in (plan, plan + direction))
+        start, end = (agreement(moved(model, group, p), reference, group) for p in (plan, plan + direction))
         curvature = float(end - start) - slope
         plan = plan + slope / max(-2 * curvature, slope) * direction
     return assignment(plan)
-
-
-def _moved(weights: Mapping[str, Tensor], group: Group, permutation: Tensor) -> dict[str, Tensor]:
-    return permute(weights, PermutationSpec({group.name: group}), {group.name: permutation})
-
-
-def _agreement(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
-    """Return the inner product of two models over the tensors of a group, which the matching maximises."""
-    names = {axis.tensor for axis in group.axes}
-    return torch.stack([(model[name] * reference[name]).sum() for name in sorted(names)]).sum()
-
-
-def _bound(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> float:
-    """Return the largest agreement that weights of these norms could have."""
-    names = {axis.tensor for axis in group.axes}
-    return sum(float(model[name].norm() * reference[name].norm()) for name in names)

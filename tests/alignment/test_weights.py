@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_rebasin import PermutationSpec, permutation_spec, permute, weight_matching
 from lit_rebasin.alignment import l2_cost
-from lit_rebasin.alignment.weights import restrict
+from lit_rebasin.alignment.agreement import restrict
 from lit_rebasin.symmetry import invert
 
 

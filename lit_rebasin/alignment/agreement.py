@@ -1,0 +1,62 @@
+"""How well permuted weights agree with a reference, ``sum_l <W_l^ref, P_l W_l P_{l-1}^T>``, and how that changes with a permutation."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lit_rebasin.symmetry import Group, PermutationSpec, neurons, permute
+
+# The least gain that counts, as a share of the largest that norms of this size allow: well above the rounding of float64.
+TOLERANCE = 1e-9
+
+
+def restrict(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> PermutationSpec:
+    """Return the spec without the axes of tensors that are not there; groups keep their names."""
+    groups = {
+        name: Group(name, group.size, tuple(axis for axis in group.axes if axis.tensor in tensors))
+        for name, group in spec.groups.items()
+    }
+    return PermutationSpec(groups, spec.fixed)
+
+
+def exact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is of floating point in float64 on the CPU."""
+    return {name: t.detach().to("cpu", torch.float64) for name, t in weights.items() if t.is_floating_point()}
+
+
+def is_quadratic(group: Group) -> bool:
+    """Return whether a group moves two dimensions of one tensor."""
+    return len({(axis.tensor, axis.dim) for axis in group.axes}) > len({axis.tensor for axis in group.axes})
+
+
+def gain(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group, plan: Tensor) -> Tensor:
+    """Return ``(size, size)``, the gradient of the agreement at a plan.
+
+    By the product rule: the inner products of each reference neuron with each model neuron along every axis, where the plan has moved the
+    other axes of the same tensor.
+    """
+    total = torch.zeros(group.size, group.size, dtype=torch.float64)
+    for axis in group.axes:
+        others = tuple(other for other in group.axes if other.tensor == axis.tensor and other != axis)
+        weights = moved({axis.tensor: model[axis.tensor]}, Group(group.name, group.size, others), plan)
+        ours, theirs = (neurons(some[axis.tensor], axis, group.size).flatten(1) for some in (weights, reference))
+        total += theirs @ ours.T
+    return total
+
+
+def moved(weights: Mapping[str, Tensor], group: Group, permutation: Tensor) -> dict[str, Tensor]:
+    """Return the weights with one group permuted, or mixed by a plan."""
+    return permute(weights, PermutationSpec({group.name: group}), {group.name: permutation})
+
+
+def agreement(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
+    """Return the inner product of two models over the tensors of a group, which the matching maximises."""
+    names = {axis.tensor for axis in group.axes}
+    return torch.stack([(model[name] * reference[name]).sum() for name in sorted(names)]).sum()
+
+
+def bound(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> float:
+    """Return the largest agreement that weights of these norms could have."""
+    names = {axis.tensor for axis in group.axes}
+    return sum(float(model[name].norm() * reference[name].norm()) for name in names)
