@@ -24,7 +24,7 @@ MEMORY = """## Memory
 
 How far the process grows in one forward and backward, in MB, over what it held with its inputs there and its
 libraries warm; in parentheses the same as a multiple of one n x n float32 matrix. The plan and the gradient that are
-returned are two of these. Each in a process of its own. Below n = 512 the figure is of the allocator more than of the
+returned are two of these. Each in a process of its own. Up to n = 512 the figure is of the allocator more than of the
 method.
 """
 
