@@ -87,3 +87,10 @@ def check_same_architecture(model: Weights, reference: Weights) -> None:
                 f"Tensor {name!r} has shape {tuple(model[name].shape)} in the model and {tuple(reference[name].shape)} in the reference: "
                 "they are of different architectures."
             )
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Raise a ValueError unless each count, given with the least that it may be, is a whole number of at least that."""
+    for name, (count, least) in counts.items():
+        if type(count) is not int or count < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")

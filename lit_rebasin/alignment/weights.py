@@ -1,15 +1,26 @@
 """Weight matching: permute a model's neurons onto those of a reference by their weights alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from lit_rebasin.alignment.agreement import TOLERANCE, agreement, bound, exact, gain, is_quadratic, moved, restrict
-from lit_rebasin.alignment.costs import check_same_architecture, l2_cost
+from lit_rebasin.alignment.agreement import (
+    TOLERANCE,
+    agreement,
+    balanced,
+    bound,
+    cosine_cost,
+    exact,
+    gain,
+    is_quadratic,
+    moved,
+    restrict,
+)
+from lit_rebasin.alignment.costs import check_counts, check_same_architecture, l2_cost
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.symmetry import Group, PermutationSpec
+from lit_rebasin.symmetry import Group, PermutationSpec, permute
 from lit_rebasin.transport import assignment
 
 # Bound on the steps of a Frank-Wolfe search, as in SciPy.
@@ -21,10 +32,13 @@ def weight_matching(
     reference: Mapping[str, Tensor],
     spec: PermutationSpec,
     *,
+    init: Mapping[str, Tensor] | None = None,
+    normalize: bool = True,
+    restarts: int = 0,
     seed: int = 0,
     max_sweeps: int = 100,
 ) -> Alignment:
-    """Find permutations that maximise ``sum_l <W_l^ref, P_l W_l P_{l-1}^T>`` by coordinate descent.
+    """Find permutations that maximise how well the weights agree, ``sum_l <W_l^ref, P_l W_l P_{l-1}^T>``, by coordinate descent.
 
     Each step moves one group with all others held; groups are visited in random order until a sweep improves none (Git Re-Basin, Ainsworth et
     al., ICLR 2023, algorithm 1). Where a group lies on one dimension of each tensor, its step is exact, by linear assignment. Where it lies on
@@ -35,25 +49,54 @@ def weight_matching(
         model: Parameters by name. Statistics, such as running variances, do not belong here: their scale would drown the weights.
         reference: The parameters that stay put, of the same names and shapes.
         spec: The symmetries of the network; axes of tensors that are not in ``model`` play no part.
-        seed: Seed of the order of the groups.
-        max_sweeps: Bound on the sweeps over all groups.
+        init: The permutations to start from, by group name. Default: the identity.
+        normalize: Whether every layer (all tensors of one module) counts by its cosine, whatever the size of its weights. Not so in the paper.
+        restarts: How often to start again from random permutations; the best of all is returned.
+        seed: Seed of the order of the groups and of the restarts.
+        max_sweeps: Bound on the sweeps over all groups, of each start.
 
     Returns:
-        The alignment, never worse than the identity; its cost is the mean squared difference of
-        :func:`~lit_rebasin.alignment.costs.l2_cost`, and its history has one entry for the start and one a sweep.
+        The alignment, never worse than ``init``. Its cost is the mean over the layers of one less their cosine, or if ``normalize`` is off the
+        mean squared difference of :func:`~lit_rebasin.alignment.costs.l2_cost`. Its history has one entry for the start and one a sweep; of
+        restarts, one more each with the least cost so far.
 
     Raises:
-        ValueError: If the two models differ in names or shapes.
+        ValueError: If the two models differ in names or shapes, or a number is out of range.
     """
+    check_counts(restarts=(restarts, 0), max_sweeps=(max_sweeps, 1))
     started = perf_counter()
     check_same_architecture(model, reference)
     ours, theirs = exact(model), exact(reference)
     spec = restrict(spec, ours)
+    weighed = balanced(ours, theirs) if normalize else theirs
+    cost = cosine_cost if normalize else lambda one, other: float(l2_cost(one, other))
     generator = torch.Generator().manual_seed(seed)
-    permutations = spec.identity()
-    history = [float(l2_cost(ours, theirs))]
+    start = {**spec.identity(), **(init or {})}
+    permutations, history, converged = coordinate_ascent(ours, weighed, spec, start, cost, generator, max_sweeps)
+    for _ in range(restarts):
+        found, costs, ended = coordinate_ascent(
+            ours, weighed, spec, spec.random(generator=generator), cost, generator, max_sweeps
+        )
+        if costs[-1] < history[-1]:
+            permutations, converged = found, ended
+        history.append(min(costs[-1], history[-1]))
+    return Alignment(permutations, history[-1], history, "weights", converged, perf_counter() - started)
+
+
+def coordinate_ascent(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    spec: PermutationSpec,
+    start: Mapping[str, Tensor],
+    cost: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float],
+    generator: torch.Generator,
+    max_sweeps: int,
+) -> tuple[dict[str, Tensor], list[float], bool]:
+    """Return permutations that no step of one group improves, the cost at the start and after each sweep, and whether a sweep improved none."""
+    permutations = dict(start)
+    ours = permute(ours, spec, permutations)
+    history = [cost(ours, theirs)]
     groups = [group for group in spec.groups.values() if group.axes]
-    converged = False
     for _ in range(max_sweeps):
         converged = True
         for index in torch.randperm(len(groups), generator=generator).tolist():
@@ -68,10 +111,10 @@ def weight_matching(
                 permutations[group.name] = permutations[group.name][step]
                 ours = candidate
                 converged = False
-        history.append(float(l2_cost(ours, theirs)))
+        history.append(cost(ours, theirs))
         if converged:
             break
-    return Alignment(permutations, history[-1], history, "weights", converged, perf_counter() - started)
+    return permutations, history, converged
 
 
 def _frank_wolfe(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:

@@ -42,8 +42,64 @@ def test_one_hidden_layer_equals_brute_force():
     ours, reference = weights(mlp(0, (3, 5, 2))), weights(mlp(1, (3, 5, 2)))
     spec = permutation_spec(mlp(0, (3, 5, 2)), torch.randn(2, 3))
     (name,) = spec.groups
-    best = min(float(l2_cost(permute(ours, spec, {name: torch.tensor(p)}), reference)) for p in permutations(range(5)))
+    every = [permute(ours, spec, {name: torch.tensor(p)}) for p in permutations(range(5))]
+    best = min(float(l2_cost(one, reference)) for one in every)
+    assert weight_matching(ours, reference, spec, normalize=False).cost == pytest.approx(best, rel=1e-5)
+    best = min(1 - sum(layer_cosines(one, reference)) / 2 for one in every)
     assert weight_matching(ours, reference, spec).cost == pytest.approx(best, rel=1e-5)
+
+
+def layer_cosines(ours, reference):
+    layers = sorted({name.split(".")[0] for name in ours})
+    vectors = [
+        [torch.cat([w[name].flatten() for name in sorted(w) if name.split(".")[0] == layer]) for layer in layers]
+        for w in (ours, reference)
+    ]
+    return [float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in zip(*vectors, strict=True)]
+
+
+def test_the_size_of_a_layer_plays_no_part_unless_asked():
+    """A ReLU network computes the same with one layer ten times as large and the next a tenth."""
+    ours, reference = weights(mlp(0, (5, 8, 8, 3))), weights(mlp(1, (5, 8, 8, 3)))
+    spec = permutation_spec(mlp(0, (5, 8, 8, 3)), torch.randn(2, 5))
+    scaled = {n: t * (100 if n[0] == "0" else 0.01 if n[0] == "2" else 1) for n, t in reference.items()}
+    for seed in range(5):
+        one, other = (weight_matching(ours, some, spec, seed=seed) for some in (reference, scaled))
+        assert all(torch.equal(one.permutations[name], p) for name, p in other.permutations.items())
+        assert one.cost == pytest.approx(other.cost)
+    one, other = (weight_matching(ours, some, spec, normalize=False) for some in (reference, scaled))
+    assert not all(torch.equal(one.permutations[name], p) for name, p in other.permutations.items())
+
+
+def test_starts_where_it_is_told():
+    ours, reference = weights(mlp(0)), weights(mlp(1))
+    spec = permutation_spec(mlp(0), torch.randn(2, 5))
+    best = weight_matching(ours, reference, spec)
+    again = weight_matching(ours, reference, spec, init=best.permutations)
+    assert again.history == pytest.approx([best.cost, best.cost])
+    assert all(torch.equal(again.permutations[name], p) for name, p in best.permutations.items())
+    found = 1 - sum(layer_cosines(permute(ours, spec, best.permutations), reference)) / 3
+    assert best.cost == pytest.approx(found, abs=1e-6)
+
+
+def test_restarts_find_better_optima_and_keep_the_best():
+    widths = (5, 12, 12, 12, 3)
+    ours, reference = weights(mlp(0, widths)), weights(mlp(1, widths))
+    spec = permutation_spec(mlp(0, widths), torch.randn(2, 5))
+    once, often = (weight_matching(ours, reference, spec, restarts=k) for k in (0, 20))
+    assert often.cost < once.cost
+    assert often.history[: len(once.history)] == once.history
+    assert len(often.history) == len(once.history) + 20
+    assert all(b <= a for a, b in pairwise(often.history))
+    found = 1 - sum(layer_cosines(permute(ours, spec, often.permutations), reference)) / 4
+    assert often.cost == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["restarts", "max_sweeps"])
+def test_counts_that_are_none(name):
+    spec = permutation_spec(mlp(0), torch.randn(2, 5))
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least"):
+        weight_matching(weights(mlp(0)), weights(mlp(1)), spec, **{name: -1})
 
 
 def test_never_worse_than_identity_and_deterministic():
@@ -51,8 +107,11 @@ def test_never_worse_than_identity_and_deterministic():
         ours, reference = weights(mlp(seed)), weights(mlp(seed + 100))
         spec = permutation_spec(mlp(0), torch.randn(2, 5))
         alignment = weight_matching(ours, reference, spec, seed=seed)
-        assert alignment.history[0] == pytest.approx(float(l2_cost(ours, reference)))
+        assert alignment.history[0] == pytest.approx(1 - sum(layer_cosines(ours, reference)) / 3, abs=1e-6)
         assert all(b <= a + 1e-9 for a, b in pairwise(alignment.history))
+        plain = weight_matching(ours, reference, spec, seed=seed, normalize=False)
+        assert plain.history[0] == pytest.approx(float(l2_cost(ours, reference)))
+        assert all(b <= a + 1e-9 for a, b in pairwise(plain.history))
         again = weight_matching(ours, reference, spec, seed=seed)
         assert all(torch.equal(alignment.permutations[name], p) for name, p in again.permutations.items())
 
@@ -116,9 +175,10 @@ def test_restrict_leaves_out_the_axes_of_tensors_that_are_not_there():
     assert "1.running_var" in {axis.tensor for axis in spec.groups[name].axes}
     left = {axis.tensor for axis in restrict(spec, weights(model)).groups[name].axes}
     assert left == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight"}
-    alignment = weight_matching({"other": torch.ones(2)}, {"other": torch.zeros(2)}, spec)
+    alignment = weight_matching({"other": torch.ones(2)}, {"other": torch.zeros(2)}, spec, normalize=False)
     assert torch.equal(alignment.permutations[name], torch.arange(5))
     assert alignment.cost == 1
+    assert weight_matching({"other": torch.ones(2)}, {"other": torch.zeros(2)}, spec).cost == 0
 
 
 def recurrent(seed, size, *, edges=True):
@@ -138,7 +198,7 @@ def test_group_on_both_axes_is_near_the_best_of_all():
     for seed in range(20):
         (ours, spec), (reference, _) = recurrent(seed, 6), recurrent(seed + 100, 6)
         every = [float(l2_cost(permute(ours, spec, {"h": torch.tensor(p)}), reference)) for p in permutations(range(6))]
-        alignment = weight_matching(ours, reference, spec)
+        alignment = weight_matching(ours, reference, spec, normalize=False)
         assert all(b <= a for a, b in pairwise(alignment.history))
         found = float(l2_cost(permute(ours, spec, alignment.permutations), reference))
         assert alignment.cost == pytest.approx(found, rel=1e-5)
@@ -163,7 +223,7 @@ def test_group_on_both_axes_equals_frank_wolfe_of_scipy():
             },
         )
         cost = float(l2_cost(permute(ours, spec, {"h": torch.tensor(theirs.col_ind)}), reference))
-        assert weight_matching(ours, reference, spec).cost <= cost + 1e-5
+        assert weight_matching(ours, reference, spec, normalize=False).cost <= cost + 1e-5
 
 
 def test_recovers_a_planted_permutation_of_a_recurrent_layer():
