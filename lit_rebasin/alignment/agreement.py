@@ -62,9 +62,7 @@ def bound(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: G
     return sum(float(model[name].norm() * reference[name].norm()) for name in names)
 
 
-def balanced(
-    model: Mapping[str, Tensor], reference: Mapping[str, Tensor], metrics: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def balanced(model: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the reference such that its agreement with the model is the sum of the cosines of the layers.
 
     Else the layers with the largest weights decide, although a ReLU network can move scale from one layer to another. A layer is all tensors of
@@ -73,18 +71,15 @@ def balanced(
     Args:
         model: Weights, float64.
         reference: Weights of the same names and shapes.
-        metrics: By tensor name, a symmetric matrix ``M`` of the length of a row: rows of that tensor are compared by ``<v, M w>``.
     """
-    weighed = {name: _through(tensor, (metrics or {}).get(name)) for name, tensor in reference.items()}
     layers: dict[str, list[str]] = {}
     for name in reference:
         layers.setdefault(name.rpartition(".")[0], []).append(name)
+    scales: dict[str, float] = {}
     for names in layers.values():
-        ours = sum(float((model[n] * _through(model[n], (metrics or {}).get(n))).sum()) for n in names)
-        theirs = sum(float((reference[n] * weighed[n]).sum()) for n in names)
-        scale = 1 / (ours * theirs) ** 0.5 if ours > 0 and theirs > 0 else 0.0
-        weighed |= {name: scale * weighed[name] for name in names}
-    return weighed
+        ours, theirs = (sum(float(some[name].square().sum()) for name in names) for some in (model, reference))
+        scales |= dict.fromkeys(names, 1 / (ours * theirs) ** 0.5 if ours > 0 and theirs > 0 else 0.0)
+    return {name: scales[name] * tensor for name, tensor in reference.items()}
 
 
 def cosine_cost(model: Mapping[str, Tensor], weighed: Mapping[str, Tensor]) -> float:
@@ -97,8 +92,3 @@ def cosine_cost(model: Mapping[str, Tensor], weighed: Mapping[str, Tensor]) -> f
     layers = {name.rpartition(".")[0] for name, tensor in weighed.items() if tensor.any()}
     total = sum(float((model[name] * tensor).sum()) for name, tensor in weighed.items())
     return 1 - total / len(layers) if layers else 0.0
-
-
-def _through(tensor: Tensor, metric: Tensor | None) -> Tensor:
-    """Return the rows of a tensor times a symmetric matrix."""
-    return tensor if metric is None else (tensor.flatten(1) @ metric).view_as(tensor)

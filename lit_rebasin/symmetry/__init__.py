@@ -1,6 +1,7 @@
 """What may be permuted in a network."""
 
 from lit_rebasin.symmetry.calls import spec_of_calls
+from lit_rebasin.symmetry.features import FeatureReader, Features
 from lit_rebasin.symmetry.invariance import Trial, check_invariance
 from lit_rebasin.symmetry.join import join
 from lit_rebasin.symmetry.keep import attributes_kept
@@ -11,6 +12,8 @@ from lit_rebasin.symmetry.tracing import permutation_spec
 
 __all__ = [
     "Axis",
+    "FeatureReader",
+    "Features",
     "Group",
     "PermutationSpec",
     "Trial",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Node
 
 from lit_rebasin.symmetry import rules  # noqa: F401  registers the rules
 from lit_rebasin.symmetry.algebra import Algebra
@@ -50,14 +51,7 @@ def permutation_spec(
     if _unread(programs[0]):
         with suppress(ValueError):  # then what only training reads stays fixed
             programs.append(export(model, example_inputs, example_kwargs, training=True))
-    enumerated: set[tuple[str, int, str]] = set()
-    for _ in range(_PASSES):
-        algebra = Algebra(enumerated)
-        weights, read = _follow(programs, algebra)
-        found = algebra.new_indices()
-        if not found:
-            break
-        enumerated = enumerated | found
+    weights, read, _ = follow(programs)
     spec = _spec(model, weights, read)
     if check:
         check_invariance(model, spec, *example_inputs, **example_kwargs)
@@ -72,10 +66,28 @@ def _unread(program: ExportedProgram) -> bool:
     return any(node.op == "placeholder" and node.name in names and not node.users for node in program.graph.nodes)
 
 
-def _follow(programs: list[ExportedProgram], algebra: Algebra) -> tuple[dict[str, Dims], set[str]]:
-    """Walk all graphs with the same weights; return the weights' dimensions, and the names of those that are read."""
+def follow(programs: list[ExportedProgram]) -> tuple[dict[str, Dims], set[str], list[dict[Node, Any]]]:
+    """Walk graphs with the same weights until nothing new is found in them.
+
+    Returns:
+        The weights' dimensions, the names of those that are read, and for each graph the dimensions of the values of its nodes.
+    """
+    enumerated: set[tuple[str, int, str]] = set()
+    for _ in range(_PASSES):
+        algebra = Algebra(enumerated)
+        result = _walk(programs, algebra)
+        found = algebra.new_indices()
+        if not found:
+            break
+        enumerated = enumerated | found
+    return result
+
+
+def _walk(programs: list[ExportedProgram], algebra: Algebra) -> tuple[dict[str, Dims], set[str], list[dict[Node, Any]]]:
+    """Walk all graphs once."""
     weights: dict[str, Dims] = {}
     read: set[str] = set()
+    values: list[dict[Node, Any]] = []
     used: list[tuple[list[Dims], list[Dims]]] = []
     for program in programs:
         trace = Trace(algebra, weights)
@@ -87,12 +99,13 @@ def _follow(programs: list[ExportedProgram], algebra: Algebra) -> tuple[dict[str
             program.graph_module, [_input(trace, program, spec, node.meta.get("val")) for spec, node in specs]
         )
         used += trace.used
+        values.append(trace.values)
         for spec, dims in zip(program.graph_signature.output_specs, outputs, strict=True):
             if spec.kind is OutputKind.USER_OUTPUT and is_dims(dims):
                 for dim in dims:
                     algebra.fix(dim, "the network's output")
     _fix_unreached(weights, used)
-    return weights, read
+    return weights, read, values
 
 
 def _fix_unreached(weights: dict[str, Dims], used: list[tuple[list[Dims], list[Dims]]]) -> None:

@@ -1,0 +1,135 @@
+"""Activation matching: permute a model's neurons onto those of a reference that respond to the same inputs."""
+
+from collections.abc import Iterable, Mapping
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_rebasin.alignment.costs import check_same_architecture
+from lit_rebasin.alignment.result import Alignment
+from lit_rebasin.symmetry import FeatureReader, PermutationSpec, compose, permute
+from lit_rebasin.symmetry.spec import tensors_of
+from lit_rebasin.transport import assignment
+
+# Passes over the data, where one group lies inside another and so depends on how that one was matched.
+_PASSES = 5
+
+
+def activation_matching(
+    model: nn.Module,
+    reference: nn.Module,
+    spec: PermutationSpec,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    similarity: Literal["correlation", "cosine"] = "correlation",
+    init: Mapping[str, Tensor] | None = None,
+) -> Alignment:
+    """Match neurons by the similarity of their activations on the same inputs, by linear assignment (Li et al., 2015; Ainsworth et al., 2023).
+
+    A neuron's activations are those that layers take in, at every position and example; where several values of the network stand for one
+    group, as along a residual stream, the mean of their similarities counts. Groups inside others, such as the features of attention heads,
+    are matched again until nothing moves.
+
+    Args:
+        model: The network to permute; not written to.
+        reference: The one that stays put.
+        spec: The symmetries of the two.
+        batches: Inputs, each a tuple of the arguments of one forward pass; read once a pass, so not an iterator.
+        similarity: Correlation, or cosine, which keeps the means.
+        init: The permutations to start from, by group name. Default: the identity.
+
+    Returns:
+        The alignment, never worse than its start. Its cost is one less the mean similarity of matched neurons, over all groups.
+
+    Raises:
+        ValueError: If ``similarity`` is unknown, there are no batches, or the architectures differ.
+    """
+    if similarity not in ("correlation", "cosine"):
+        raise ValueError(f"similarity must be correlation or cosine, got {similarity!r}.")
+    started = perf_counter()
+    check_same_architecture(tensors_of(model), tensors_of(reference))
+    reader = FeatureReader(reference, spec)
+    permutations = {**spec.identity(), **(init or {})}
+    history: list[float] = []
+    converged = False
+    for _ in range(_PASSES):
+        similarities = _similarities(
+            reader, reference, permute(model, spec, permutations), batches, centred=similarity == "correlation"
+        )
+        steps = {name: assignment(one) for name, one in similarities.items()}
+        moves = {
+            name: step for name, step in steps.items() if _mean(similarities[name], step) > _mean(similarities[name])
+        }
+        history = history or [_cost(similarities, {})]
+        history.append(_cost(similarities, moves))
+        permutations = compose(permutations, moves)
+        converged = not moves or not _is_nested(spec)
+        if converged:
+            break
+    return Alignment(permutations, history[-1], history, "activations", converged, perf_counter() - started)
+
+
+def _similarities(
+    reader: FeatureReader, reference: nn.Module, model: nn.Module, batches: Iterable[tuple[Any, ...]], *, centred: bool
+) -> dict[str, Tensor]:
+    """Return, for each group, the mean over its values of the similarities of reference and model neurons, ``(size, size)``."""
+    moments: dict[str, list[_Moments]] = {}
+    for inputs in batches:
+        theirs, ours = reader.read(reference, inputs).groups, reader.read(model, inputs).groups
+        for name, values in theirs.items():
+            kept = moments.setdefault(name, [_Moments(len(value)) for value in values])
+            for moment, one, other in zip(kept, values, ours[name], strict=True):
+                moment.add(one, other)
+    if not reader.has_run:
+        raise ValueError("data holds no batch, but activation matching needs some.")
+    return {
+        name: torch.stack([one.similarity(centred=centred) for one in kept]).mean(0)
+        for name, kept in moments.items()
+        if kept
+    }
+
+
+class _Moments:
+    """Sums over samples, from which the similarities of two sets of neurons follow."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.sums = torch.zeros(2, size, dtype=torch.float64)
+        self.squares = torch.zeros(2, size, dtype=torch.float64)
+        self.products = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, theirs: Tensor, ours: Tensor) -> None:
+        """Take in activations ``(size, samples)``."""
+        both = torch.stack([theirs, ours]).float()
+        self.count += theirs.shape[1]
+        self.sums += both.sum(-1, dtype=torch.float64).cpu()
+        self.squares += both.double().square().sum(-1).cpu()
+        self.products += (both[0] @ both[1].T).double().cpu()
+
+    def similarity(self, *, centred: bool) -> Tensor:
+        """Return the similarities; 0 with a neuron that never responds, or if centred never changes."""
+        means = self.sums / self.count if centred else torch.zeros_like(self.sums)
+        products = self.products / self.count - means[0, :, None] * means[1]
+        variances = self.squares / self.count - means.square()
+        # What is left of a constant is rounding.
+        scales = torch.where(variances > 1e-9 * self.squares / self.count, variances, torch.inf).rsqrt()
+        return scales[0, :, None] * products * scales[1]
+
+
+def _mean(similarity: Tensor, step: Tensor | None = None) -> float:
+    order = torch.arange(len(similarity)) if step is None else step
+    return float(similarity[torch.arange(len(similarity)), order].mean())
+
+
+def _cost(similarities: Mapping[str, Tensor], moves: Mapping[str, Tensor]) -> float:
+    """Return one less the mean similarity of matched neurons."""
+    total = sum(len(one) * _mean(one, moves.get(name)) for name, one in similarities.items())
+    return 1 - total / max(1, sum(map(len, similarities.values())))
+
+
+def _is_nested(spec: PermutationSpec) -> bool:
+    """Return whether two groups move one dimension of one tensor."""
+    places = [{(axis.tensor, axis.dim) for axis in group.axes} for group in spec.groups.values()]
+    return sum(map(len, places)) > len(set().union(*places))
