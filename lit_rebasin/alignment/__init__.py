@@ -1,28 +1,41 @@
 """Which permutation carries a model towards a reference."""
 
+from lit_rebasin.alignment.activations import activation_matching
+from lit_rebasin.alignment.align import METHODS, align
 from lit_rebasin.alignment.costs import (
     add_residual,
     check_same_architecture,
+    cosine_distance,
     incremental_cost,
     interpolate,
+    l1_cost,
     l2_cost,
     midpoint_cost,
     random_point_cost,
 )
+from lit_rebasin.alignment.covariance import covariance_matching
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.sinkhorn import SinkhornRebasin, sinkhorn_alignment
+from lit_rebasin.alignment.straight_through import straight_through_alignment
 from lit_rebasin.alignment.weights import weight_matching
 
 __all__ = [
+    "METHODS",
     "Alignment",
     "SinkhornRebasin",
+    "activation_matching",
     "add_residual",
+    "align",
     "check_same_architecture",
+    "cosine_distance",
+    "covariance_matching",
     "incremental_cost",
     "interpolate",
+    "l1_cost",
     "l2_cost",
     "midpoint_cost",
     "random_point_cost",
     "sinkhorn_alignment",
+    "straight_through_alignment",
     "weight_matching",
 ]

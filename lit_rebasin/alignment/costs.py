@@ -48,6 +48,27 @@ def l2_cost(permuted: Weights, reference: Weights) -> Tensor:
     return total / sum(a.numel() for a, _ in pairs)
 
 
+def l1_cost(permuted: Weights, reference: Weights) -> Tensor:
+    """Return the mean absolute difference of the weights, 0 if there are none."""
+    pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
+    if not pairs:
+        return torch.zeros(())
+    total = torch.stack([(a - b.to(a.device, a.dtype)).abs().sum() for a, b in pairs]).sum()
+    return total / sum(a.numel() for a, _ in pairs)
+
+
+def cosine_distance(permuted: Weights, reference: Weights) -> Tensor:
+    """Return one less the cosine of the weights, all tensors taken as one vector; 0 if there are none."""
+    pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
+    if not pairs:
+        return torch.zeros(())
+    ours, theirs = (
+        torch.cat([a.flatten() for a, _ in pairs]),
+        torch.cat([b.to(a.device, a.dtype).flatten() for a, b in pairs]),
+    )
+    return 1 - torch.nn.functional.cosine_similarity(ours, theirs, dim=0)
+
+
 def midpoint_cost(permuted: Weights, reference: Weights, loss: Loss) -> Tensor:
     """Return the loss half-way, ``C((theta_ref + pi(theta)) / 2)`` (Pena et al., CVPR 2023, "Mid")."""
     return loss(interpolate(reference, permuted, 0.5))

@@ -1,28 +1,35 @@
 """Differentiable re-basin: soft permutations that are trained through any cost, and used hard."""
 
 from collections.abc import Callable, Mapping
-from math import inf, isnan, log
+from math import log
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
+from lit_rebasin.alignment.candidates import Candidates
+from lit_rebasin.alignment.costs import check_counts
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import PermutationSpec, permute
-from lit_rebasin.transport import assignment, sinkhorn
+from lit_rebasin.transport import Schedule, assignment, sinkhorn
+
+# Updates of a soft plan, as published. Rows are then off by little, and the gradient is that of the plan as it is.
+_UPDATES = 20
 
 
 class SinkhornRebasin(nn.Module):
     """Permute weights by plans with one trainable logit matrix a permutation group (Pena et al., CVPR 2023).
 
-    In training mode the plans are soft, by Sinkhorn with an implicit gradient; in evaluation mode they are hard, by linear assignment. The
-    published start, ``I + 0.1 * noise`` at temperature 1, spreads a plan almost evenly (1 % on the diagonal at width 256). Here the logits
-    start so sharp that each neuron of ``init`` holds ``confidence`` of its row.
+    In training mode the plans are soft, by Sinkhorn with an implicit gradient; in evaluation mode they are hard, by linear assignment. At the
+    start each neuron of ``init`` holds ``confidence`` of its row. The published start, ``I + 0.1 * noise``, gives it 1 % at width 256: it
+    spreads the plans almost evenly, and forgets nearly all of where it starts.
 
     Args:
         spec: The symmetries of the network; at least one group.
         init: The permutations to start from, by group name. Default: the identity.
         confidence: Share of each row that the start gives to the permutation of ``init``, in (0, 1).
+        noise: Standard deviation of what is added to the logits at the start.
+        seed: Of the noise.
 
     Attributes:
         temperature: Regularization of the soft plans; starts at 1, lower is harder.
@@ -32,7 +39,13 @@ class SinkhornRebasin(nn.Module):
     """
 
     def __init__(
-        self, spec: PermutationSpec, *, init: Mapping[str, Tensor] | None = None, confidence: float = 0.9
+        self,
+        spec: PermutationSpec,
+        *,
+        init: Mapping[str, Tensor] | None = None,
+        confidence: float = 0.9,
+        noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if not spec.groups:
@@ -41,17 +54,19 @@ class SinkhornRebasin(nn.Module):
             raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
         self.spec = spec
         self.temperature = 1.0
+        generator = torch.Generator().manual_seed(seed)
         start = {**spec.identity(), **(init or {})}
         self.logits = nn.ParameterList()
         for name, group in spec.groups.items():
             # exp(scale) : (size - 1) splits a row so that the chosen entry holds `confidence` of it.
             scale = log(confidence / (1 - confidence) * max(group.size - 1, 1))
-            self.logits.append(nn.Parameter(scale * torch.eye(group.size)[start[name].cpu()]))
+            logits = scale * torch.eye(group.size)[start[name].cpu()]
+            self.logits.append(nn.Parameter(logits + noise * torch.randn(logits.shape, generator=generator)))
 
     def plans(self) -> dict[str, Tensor]:
         """Return the soft plan ``(size, size)`` of every group."""
         return {
-            name: sinkhorn(logits=logits, regularization=self.temperature).plan
+            name: sinkhorn(logits=logits, regularization=self.temperature, max_iterations=_UPDATES, tolerance=0).plan
             for name, logits in zip(self.spec.groups, self.logits, strict=True)
         }
 
@@ -71,9 +86,12 @@ def sinkhorn_alignment(
     *,
     evaluate: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     init: Mapping[str, Tensor] | None = None,
+    confidence: float = 0.9,
+    noise: float = 0.0,
     steps: int = 100,
     learning_rate: float = 0.1,
-    final_temperature: float = 0.2,
+    schedule: Schedule | None = None,
+    seed: int = 0,
     residual: Mapping[str, Tensor] | None = None,
     residual_learning_rate: float = 0.05,
     residual_weight_decay: float = 0.1,
@@ -81,9 +99,9 @@ def sinkhorn_alignment(
 ) -> Alignment:
     """Train the plans of a :class:`SinkhornRebasin` on a cost, and return the best hard permutations seen.
 
-    AdamW moves the logits while the temperature falls geometrically, ``final_temperature ** (step / steps)``, so that the soft network ends
-    at the hard one. SGD with weight decay moves the residual, its gradient clipped elementwise (settings of the published incremental learning
-    code). A step at which the cost or a gradient is not finite is left out.
+    AdamW moves the logits while the temperature falls by a schedule, so that the soft network ends at the hard one. SGD with weight decay moves
+    the residual, its gradient clipped elementwise (settings of the published incremental learning code). A step at which the cost or a gradient
+    is not finite is left out.
 
     Args:
         model: Weights of the model to permute.
@@ -91,9 +109,12 @@ def sinkhorn_alignment(
         cost: Maps permuted weights to a scalar; may draw a batch of its own at each call, and may read ``residual``.
         evaluate: Maps hard-permuted weights to the scalar by which candidates are compared; always the same data. Default: ``cost``.
         init: Where to start, by group name. Default: the identity.
+        confidence: Share of each row of the plans that the start gives to ``init``.
+        noise: Standard deviation of what is added to the logits at the start.
         steps: Gradient steps. With 0 the start is returned.
         learning_rate: Of the logits.
-        final_temperature: Regularization at the last step.
+        schedule: Gives the temperature of each step. Default: from 1 to 0.2, ``Schedule(beta_0=1, kappa=log 5 / log(1 + steps))``.
+        seed: Of the noise.
         residual: Leaf tensors that require gradients, which ``cost`` adds to the merge; trained in place.
         residual_learning_rate: Of the residual.
         residual_weight_decay: Of the residual.
@@ -102,18 +123,24 @@ def sinkhorn_alignment(
     Returns:
         The best candidate by ``evaluate``, never worse than the start. Its history holds that cost for the start and for ten candidates or more
         along the way, infinite where it is NaN, and its cost is the least of them.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
+    check_counts(steps=(steps, 0))
     started = perf_counter()
-    rebasin = SinkhornRebasin(spec, init=init).to(_device(model))
+    device = _device(model)
+    rebasin = SinkhornRebasin(spec, init=init, confidence=confidence, noise=noise, seed=seed).to(device)
+    schedule = schedule or Schedule(beta_0=1.0, kappa=log(5) / log(1 + max(1, steps)))
     residual = dict(residual or {})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rebasin.parameters(), lr=learning_rate)]
     if residual:
         decay = residual_weight_decay
         optimizers.append(torch.optim.SGD(residual.values(), lr=residual_learning_rate, weight_decay=decay))
-    best = _candidate(rebasin, model, evaluate or cost, residual)
-    history = [best[0]]
+    seen = Candidates(model, spec, evaluate or cost)
+    seen.offer({**spec.identity(), **(init or {})}, residual)
     for step in range(1, steps + 1):
-        rebasin.temperature = final_temperature ** (step / steps)
+        rebasin.temperature = schedule.regularization(step)
         rebasin.train()
         value = cost(rebasin(model))
         if value.isfinite():
@@ -126,11 +153,16 @@ def sinkhorn_alignment(
                 for optimizer in optimizers:
                     optimizer.step()
         if step % max(1, steps // 10) == 0 or step == steps:
-            candidate = _candidate(rebasin, model, evaluate or cost, residual)
-            history.append(candidate[0])
-            best = min(best, candidate, key=lambda candidate: candidate[0])
-    lowest, permutations, kept = best
-    return Alignment(permutations, lowest, history, "sinkhorn", _is_hard(rebasin), perf_counter() - started, kept)
+            seen.offer(rebasin.permutations(), residual)
+    return Alignment(
+        seen.permutations,
+        seen.cost,
+        seen.history,
+        "sinkhorn",
+        _is_hard(rebasin),
+        perf_counter() - started,
+        seen.residual,
+    )
 
 
 def _has_finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
@@ -144,23 +176,6 @@ def _is_hard(rebasin: SinkhornRebasin) -> bool:
     with torch.no_grad():
         pairs = zip(rebasin.plans().values(), rebasin.permutations().values(), strict=True)
         return all(float(plan.cpu()[torch.arange(len(p)), p].mean()) > 0.9 for plan, p in pairs)
-
-
-def _candidate(
-    rebasin: SinkhornRebasin,
-    model: Mapping[str, Tensor],
-    evaluate: Callable[[Mapping[str, Tensor]], Tensor],
-    residual: Mapping[str, Tensor],
-) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """Return the cost of the hard permutations with the residual as it stands, infinite if it is NaN, and a copy of both."""
-    permutations = rebasin.permutations()
-    with torch.no_grad():
-        value = float(evaluate(permute(model, rebasin.spec, permutations)))
-    return (
-        inf if isnan(value) else value,
-        permutations,
-        {name: tensor.detach().clone() for name, tensor in residual.items()},
-    )
 
 
 def _device(tensors: Mapping[str, Tensor]) -> torch.device:

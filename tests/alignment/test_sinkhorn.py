@@ -5,7 +5,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from lit_rebasin import PermutationSpec, SinkhornRebasin, permutation_spec, permute
+from lit_rebasin import PermutationSpec, Schedule, SinkhornRebasin, permutation_spec, permute
 from lit_rebasin.alignment import (
     incremental_cost,
     interpolate,
@@ -199,12 +199,12 @@ def test_converged_says_whether_the_plans_are_hard_in_the_end(rate, hard):
         lambda permuted: l2_cost({"0.weight": permuted["0.weight"]}, average),
         steps=20,
         learning_rate=rate,
-        final_temperature=0.9 if not hard else 0.2,
+        schedule=Schedule(beta_0=1.0, kappa=0.01) if not hard else None,
     )
     assert alignment.converged == hard
 
 
-def test_temperature_falls_geometrically_from_step_to_step():
+def test_temperature_falls_by_the_schedule_from_step_to_step():
     weights = trained(0)
     seen = []
 
@@ -219,11 +219,11 @@ def test_temperature_falls_geometrically_from_step_to_step():
         evaluate=lambda _: torch.zeros(()),
         steps=4,
         learning_rate=1e-9,
-        final_temperature=0.3,
+        schedule=Schedule(beta_0=2.0, kappa=0.5),
     )
     rebasin = SinkhornRebasin(SPEC).train()
     for step, soft in enumerate(seen, 1):
-        rebasin.temperature = 0.3 ** (step / 4)
+        rebasin.temperature = 1 / (2 * (1 + step) ** 0.5)
         torch.testing.assert_close(soft, rebasin(weights)["0.weight"].detach())
     assert len(seen) == 4
 
