@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_rebasin.alignment.agreement import nested_groups
 from lit_rebasin.alignment.costs import check_same_architecture
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import FeatureReader, PermutationSpec, compose, permute
@@ -65,7 +66,7 @@ def activation_matching(
         history = history or [_cost(similarities, {})]
         history.append(_cost(similarities, moves))
         permutations = compose(permutations, moves)
-        converged = not moves or not _is_nested(spec)
+        converged = not moves or not any(nested_groups(spec).values())
         if converged:
             break
     return Alignment(permutations, history[-1], history, "activations", converged, perf_counter() - started)
@@ -127,9 +128,3 @@ def _cost(similarities: Mapping[str, Tensor], moves: Mapping[str, Tensor]) -> fl
     """Return one less the mean similarity of matched neurons."""
     total = sum(len(one) * _mean(one, moves.get(name)) for name, one in similarities.items())
     return 1 - total / max(1, sum(map(len, similarities.values())))
-
-
-def _is_nested(spec: PermutationSpec) -> bool:
-    """Return whether two groups move one dimension of one tensor."""
-    places = [{(axis.tensor, axis.dim) for axis in group.axes} for group in spec.groups.values()]
-    return sum(map(len, places)) > len(set().union(*places))

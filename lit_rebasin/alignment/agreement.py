@@ -30,6 +30,15 @@ def is_quadratic(group: Group) -> bool:
     return len({(axis.tensor, axis.dim) for axis in group.axes}) > len({axis.tensor for axis in group.axes})
 
 
+def nested_groups(spec: PermutationSpec) -> dict[str, list[Group]]:
+    """Return, by the name of each group, the others that move a dimension of a tensor that it moves, as heads and their features do."""
+    places = {name: {(axis.tensor, axis.dim) for axis in group.axes} for name, group in spec.groups.items()}
+    return {
+        name: [group for other, group in spec.groups.items() if other != name and places[other] & places[name]]
+        for name in spec.groups
+    }
+
+
 def gain(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group, plan: Tensor) -> Tensor:
     """Return ``(size, size)``, the gradient of the agreement at a plan.
 

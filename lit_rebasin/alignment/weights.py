@@ -16,6 +16,7 @@ from lit_rebasin.alignment.agreement import (
     gain,
     is_quadratic,
     moved,
+    nested_groups,
     restrict,
 )
 from lit_rebasin.alignment.costs import check_counts, check_same_architecture, l2_cost
@@ -97,24 +98,59 @@ def coordinate_ascent(
     ours = permute(ours, spec, permutations)
     history = [cost(ours, theirs)]
     groups = [group for group in spec.groups.values() if group.axes]
+    nested = nested_groups(spec)
     for _ in range(max_sweeps):
         converged = True
         for index in torch.randperm(len(groups), generator=generator).tolist():
-            group = groups[index]
-            if is_quadratic(group):
-                step = _frank_wolfe(ours, theirs, group)
-            else:
-                step = assignment(gain(ours, theirs, group, torch.eye(group.size, dtype=torch.float64)))
-            candidate = moved(ours, group, step)
-            improvement = agreement(candidate, theirs, group) - agreement(ours, theirs, group)
-            if improvement > TOLERANCE * bound(ours, theirs, group):
-                permutations[group.name] = permutations[group.name][step]
-                ours = candidate
-                converged = False
+            group, inside = groups[index], nested[groups[index].name]
+            for move in (_own_move, _joint_move) if inside else (_own_move,):
+                steps = move(ours, theirs, group, inside)
+                candidate, improvement, least = ours, 0.0, 0.0
+                for some, step in steps:
+                    before, candidate = candidate, moved(candidate, some, step)
+                    improvement += float(agreement(candidate, theirs, some) - agreement(before, theirs, some))
+                    least += TOLERANCE * bound(ours, theirs, some)
+                if improvement > least:
+                    for some, step in steps:
+                        permutations[some.name] = permutations[some.name][step]
+                    ours = candidate
+                    converged = False
         history.append(cost(ours, theirs))
         if converged:
             break
     return permutations, history, converged
+
+
+def _own_move(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], group: Group, nested: list[Group]
+) -> list[tuple[Group, Tensor]]:
+    """Return the best step of one group."""
+    return [(group, _best_step(ours, theirs, group))]
+
+
+def _joint_move(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], group: Group, nested: list[Group]
+) -> list[tuple[Group, Tensor]]:
+    """Return a step of a group with the groups that it is nested with averaged out, and then theirs.
+
+    Heads can only be told apart once their features are in order, and the other way round.
+    """
+    averaged = ours
+    for other in nested:
+        averaged = moved(averaged, other, torch.full((other.size, other.size), 1 / other.size, dtype=torch.float64))
+    steps = [(group, _best_step(averaged, theirs, group))]
+    ours = moved(ours, *steps[0])
+    for other in nested:
+        steps.append((other, _best_step(ours, theirs, other)))
+        ours = moved(ours, *steps[-1])
+    return steps
+
+
+def _best_step(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], group: Group) -> Tensor:
+    """Return the permutation of one group that makes the weights agree best, others held."""
+    if is_quadratic(group):
+        return _frank_wolfe(ours, theirs, group)
+    return assignment(gain(ours, theirs, group, torch.eye(group.size, dtype=torch.float64)))
 
 
 def _frank_wolfe(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
