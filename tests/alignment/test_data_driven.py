@@ -1,0 +1,142 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from lit_rebasin import PermutationSpec, permutation_spec, permute
+from lit_rebasin.alignment import activation_matching, covariance_matching, weight_matching
+from lit_rebasin.symmetry import invert
+
+
+def mlp(seed, widths=(6, 12, 10, 3)):
+    torch.manual_seed(seed)
+    layers = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+X = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+    6, 6, generator=torch.Generator().manual_seed(1)
+)
+SPEC = permutation_spec(mlp(0), X)
+BATCHES = [(X[:80],), (X[80:150],), (X[150:],)]
+
+
+def hidden(model):
+    with torch.no_grad():
+        return {"0": model[:2](X).double(), "2": model[:4](X).double()}
+
+
+@pytest.mark.parametrize("similarity", ["correlation", "cosine"])
+def test_activations_are_matched_as_by_scipy_on_all_data_at_once(similarity):
+    model, reference = mlp(0), mlp(1)
+    found = activation_matching(model, reference, SPEC, BATCHES, similarity=similarity)
+    total = 0.0
+    for name, theirs in hidden(reference).items():
+        ours = hidden(model)[name]
+        if similarity == "correlation":
+            matrix = torch.from_numpy(np.corrcoef(theirs.T.numpy(), ours.T.numpy()))[
+                : theirs.shape[1], theirs.shape[1] :
+            ]
+        else:
+            matrix = (theirs / theirs.norm(dim=0)).T @ (ours / ours.norm(dim=0))
+        rows, columns = linear_sum_assignment(matrix.numpy(), maximize=True)
+        assert found.permutations[name].tolist() == columns.tolist()
+        total += float(matrix[rows, columns].sum())
+    assert found.cost == pytest.approx(1 - total / 22, abs=1e-5)
+    assert found.history[-1] < found.history[0]
+
+
+def test_planted_permutations_are_found_by_activations_and_by_covariance():
+    reference = mlp(0)
+    for seed in range(5):
+        planted = SPEC.random(generator=torch.Generator().manual_seed(seed))
+        model = permute(reference, SPEC, planted)
+        for match in (activation_matching, covariance_matching):
+            found = match(model, reference, SPEC, BATCHES)
+            assert all(torch.equal(found.permutations[name], p) for name, p in invert(planted).items())
+            torch.testing.assert_close(permute(model, SPEC, found.permutations)(X), reference(X))
+
+
+def test_neurons_that_never_respond_have_no_part_in_it():
+    model, reference = mlp(0), mlp(1)
+    with torch.no_grad():
+        for network, dead in ((model, 3), (reference, 7)):
+            network[0].weight[dead], network[0].bias[dead] = 0.0, 0.5
+    found = activation_matching(model, reference, SPEC, BATCHES)
+    assert found.cost == pytest.approx(float(found.cost))
+    assert sorted(found.permutations["0"].tolist()) == list(range(12))
+
+
+def test_covariance_with_power_zero_is_weight_matching_without_biases():
+    model, reference = mlp(0), mlp(1)
+    found = covariance_matching(model, reference, SPEC, BATCHES, power=0.0)
+    weights = [{n: p for n, p in net.named_parameters() if n.endswith("weight")} for net in (model, reference)]
+    expected = weight_matching(*weights, SPEC)
+    assert all(torch.equal(found.permutations[name], p) for name, p in expected.permutations.items())
+    assert found.cost == pytest.approx(expected.cost, abs=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.25, 1.0])
+def test_the_cost_is_one_less_the_cosines_in_the_metric_of_the_covariance(power):
+    model, reference = mlp(0), mlp(1)
+    found = covariance_matching(model, reference, SPEC, BATCHES, power=power)
+    moved = permute(model, SPEC, found.permutations)
+    inputs = [X.double(), *hidden(reference).values()]
+    cosines = []
+    for layer, x in zip((0, 2, 4), inputs, strict=True):
+        values, vectors = np.linalg.eigh(np.cov(x.T.numpy(), bias=True))
+        metric = torch.from_numpy((vectors * values.clip(0) ** power) @ vectors.T)
+        target = (reference[layer].weight.double() @ metric).flatten()
+        cosines.append(torch.cosine_similarity(target, moved[layer].weight.double().flatten(), dim=0).item())
+    assert found.cost == pytest.approx(1 - sum(cosines) / 3, abs=1e-5)
+    assert all(b <= a + 1e-12 for a, b in pairwise(found.history))
+
+
+def test_covariance_ignores_weights_that_no_input_meets():
+    """Where an input never varies its weights are noise; they mislead plain weight matching, but not this."""
+    generator = torch.Generator().manual_seed(0)
+    reference = mlp(0, (20, 30, 3))
+    spec = permutation_spec(reference, torch.randn(2, 20))
+    (name,) = spec.groups
+    planted = {name: torch.randperm(30, generator=generator)}
+    model = permute(reference, spec, planted)
+    x = torch.randn(100, 20, generator=generator)
+    x[:, 5:] = 1.0
+    with torch.no_grad():
+        model[0].weight[:, 5:] = 5 * torch.randn(30, 15, generator=generator)
+        for network in (model, reference):
+            network[2].weight.zero_()
+    found = covariance_matching(model, reference, spec, [(x,)], power=1.0)
+    plain = weight_matching(dict(model.named_parameters()), dict(reference.named_parameters()), spec)
+    right = invert(planted)[name]
+    assert torch.equal(found.permutations[name], right)
+    assert (plain.permutations[name] == right).sum() < 15
+
+
+def test_same_seed_same_answer_and_never_worse_than_the_start():
+    model, reference = mlp(0, (6, 20, 20, 20, 3)), mlp(1, (6, 20, 20, 20, 3))
+    spec = permutation_spec(model, X)
+    first, again = (covariance_matching(model, reference, spec, BATCHES, seed=3) for _ in range(2))
+    assert all(torch.equal(first.permutations[name], p) for name, p in again.permutations.items())
+    onward = covariance_matching(model, reference, spec, BATCHES, init=first.permutations)
+    assert onward.history[0] == pytest.approx(first.cost)
+    assert onward.cost <= first.cost + 1e-12
+
+
+def test_errors():
+    model, reference = mlp(0), mlp(1)
+    for match in (activation_matching, covariance_matching):
+        with pytest.raises(ValueError, match="data holds no batch"):
+            match(model, reference, SPEC, [])
+        with pytest.raises(ValueError, match="different architectures"):
+            match(mlp(0, (6, 12, 11, 3)), reference, SPEC, BATCHES)
+    with pytest.raises(ValueError, match="power must lie between 0 and 1"):
+        covariance_matching(model, reference, SPEC, BATCHES, power=-0.1)
+    with pytest.raises(ValueError, match="similarity must be correlation or cosine"):
+        activation_matching(model, reference, SPEC, BATCHES, similarity="l2")
+    assert activation_matching(model, reference, PermutationSpec(), BATCHES).permutations == {}
