@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lit_rebasin.symmetry import Group, PermutationSpec, neurons, permute
+from lit_rebasin.symmetry import Axis, Group, PermutationSpec, neurons, permute
 
 # The least gain that counts, as a share of the largest that norms of this size allow: well above the rounding of float64.
 TOLERANCE = 1e-9
@@ -60,3 +60,43 @@ def bound(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: G
     """Return the largest agreement that weights of these norms could have."""
     names = {axis.tensor for axis in group.axes}
     return sum(float(model[name].norm() * reference[name].norm()) for name in names)
+
+
+def joint_gain(
+    model: Mapping[str, Tensor], reference: Mapping[str, Tensor], spec: PermutationSpec, plans: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return by group the gradient ``(size, size)`` of the agreement at plans, or permutations, of all groups together.
+
+    As :func:`gain`, but each other axis of a tensor is moved by the plan of its own group.
+    """
+    total = {name: torch.zeros(group.size, group.size, dtype=torch.float64) for name, group in spec.groups.items()}
+    for tensor, located in _axes_by_tensor(spec).items():
+        for place, (name, axis) in enumerate(located):
+            others = located[:place] + located[place + 1 :]
+            weights = {tensor: model[tensor]}
+            for other, along in others:
+                weights = moved(weights, Group(other, spec.groups[other].size, (along,)), plans[other])
+            size = spec.groups[name].size
+            ours, theirs = (neurons(some[tensor], axis, size).flatten(1) for some in (weights, reference))
+            total[name] += theirs @ ours.T
+    return total
+
+
+def joint_degree(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> int:
+    """Return the degree of the agreement along a line of plans of all groups: how many axes meet in one entry of a tensor, at most."""
+    largest = 0
+    for tensor, located in _axes_by_tensor(spec).items():
+        meeting = [torch.zeros(length, dtype=torch.long) for length in tensors[tensor].shape]
+        for name, axis in located:
+            meeting[axis.dim][axis.entries(spec.groups[name].size).flatten()] += 1
+        largest = max(largest, sum(int(count.max()) for count in meeting if len(count)))
+    return largest
+
+
+def _axes_by_tensor(spec: PermutationSpec) -> dict[str, list[tuple[str, Axis]]]:
+    """Return, for each tensor, its axes that move, with the names of their groups."""
+    found: dict[str, list[tuple[str, Axis]]] = {}
+    for name, group in spec.groups.items():
+        for axis in group.axes:
+            found.setdefault(axis.tensor, []).append((name, axis))
+    return found
