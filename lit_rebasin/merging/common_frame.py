@@ -68,7 +68,7 @@ def cycle_consistent_frame(members: Members, max_steps: int) -> Frame:
     frame and the others start at even plans, as two models do in Frank-Wolfe matching: a permutation of all models together changes
     nothing, and merges of digits classifiers had a lower training loss so (0.089 against 0.140, eight merges of five).
     """
-    objective = _pairwise(members)
+    objective = pairwise_objective(members)
     indices = range(1, len(members.models))
     even, identity = even_plans(members.spec), members.spec.identity()
     first = {(index, name): identity[name] for index in indices for name in identity}
@@ -77,7 +77,7 @@ def cycle_consistent_frame(members: Members, max_steps: int) -> Frame:
     return Frame(_by_model(found.permutations, members), found.history, found.converged)
 
 
-def _pairwise(members: Members) -> Objective[tuple[int, str]]:
+def pairwise_objective(members: Members) -> Objective[tuple[int, str]]:
     """Return the sum over pairs as a function of plans by model and group, those of the first model left out."""
     spec, count = members.spec, len(members.models)
     scaled = [

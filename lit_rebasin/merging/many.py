@@ -85,11 +85,12 @@ def merge_many(
         The merge and the permutations of each model; their spread is never larger than that of the models as they are.
 
     Raises:
-        ValueError: If there are fewer than two models, their architectures differ, one holds a NaN or an infinite parameter, the method is
-            unknown, or the weights do not fit.
+        ValueError: If there are fewer than two models, their architectures differ, one holds a NaN or an infinite parameter, the spec is
+            that of another network, the method is unknown, or the weights do not fit.
     """
     started = perf_counter()
     tensors, matched = _read(models)
+    spec.validate(tensors[0])
     shares = _shares(weights, len(tensors))
     restricted = restrict(spec, matched[0])
     moving = PermutationSpec({name: group for name, group in restricted.groups.items() if group.axes})
