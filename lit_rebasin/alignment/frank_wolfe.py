@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from lit_rebasin.alignment.agreement import bound, exact, joint_degree, joint_gain, restrict
@@ -209,10 +211,19 @@ def _towards(plans: Mapping[Key, Tensor], aim: Mapping[Key, Tensor], step: float
 def best_step(nodes: np.ndarray, slopes: Sequence[float]) -> float:
     """Return the t in (0, 1] with the highest value of a polynomial, given its slopes at as many nodes as it has degrees."""
     slope = np.polynomial.Polynomial(np.linalg.solve(np.vander(nodes, increasing=True), slopes))
-    rise = slope.integ()
-    critical = slope.roots().real  # one too many does no harm: the highest is chosen
-    candidates = np.append(critical[(critical > 0) & (critical < 1)], 1.0)
-    return float(candidates[np.argmax(rise(candidates))])
+    candidates = [*_sign_changes(slope), 1.0]
+    return float(candidates[np.argmax(slope.integ()(np.array(candidates)))])
+
+
+def _sign_changes(polynomial: np.polynomial.Polynomial) -> list[float]:
+    """Return where a polynomial changes its sign in (0, 1); between extrema it does so once at most.
+
+    Not by eigenvalues: those are far off where a leading coefficient is zero but for rounding, as that of a line search often is.
+    """
+    if polynomial.degree() == 0:
+        return []
+    edges = [0.0, *_sign_changes(polynomial.deriv()), 1.0]
+    return [brentq(polynomial, a, b) for a, b in pairwise(edges) if polynomial(a) * polynomial(b) < 0]
 
 
 def interpolation(nodes: np.ndarray, t: float) -> list[float]:

@@ -3,7 +3,7 @@ from itertools import pairwise, permutations, product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -170,6 +170,7 @@ numbers = st.floats(-10, 10).filter(lambda x: x == 0 or abs(x) > 1e-3)
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(numbers, min_size=1, max_size=5), st.floats(1e-3, 10))
+@example([-3.0, 0.0], 1.0)  # of a lower degree than its nodes allow
 def test_line_search_equals_a_fine_grid(coefficients, slope):
     """Of polynomials that rise at 0, by their slopes at Chebyshev's points."""
     rise = np.polynomial.Polynomial([0, slope, *coefficients])

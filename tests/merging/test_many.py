@@ -270,6 +270,16 @@ def test_a_spec_that_moves_nothing_gives_the_plain_average():
         assert merged.converged
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_neurons_that_are_all_the_same(method, value):
+    models = [{name: torch.full_like(tensor, value) for name, tensor in model.items()} for model in small(0)[0]]
+    models[2]["0.weight"][1, 2] = 1.0
+    merged = merge_many(models, small(0)[1], method=method)
+    assert merged.weights["0.weight"].max() == pytest.approx((1 + 2 * value) / 3)
+    assert merged.converged
+
+
 def test_errors():
     models, spec = small(0)
     with pytest.raises(ValueError, match="at least two modules"):
