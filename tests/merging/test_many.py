@@ -75,6 +75,29 @@ def test_permuted_copies_of_one_network_merge_to_it(name, method):
         torch.testing.assert_close(functional_call(model, merged.weights, x), model(x), rtol=1e-9, atol=1e-9)
 
 
+def test_barycenter_goes_from_the_ends_inwards():
+    """Not in the order of the spec: a group in the middle has next to nothing to go by before its neighbours."""
+    models, spec = small(0, (6, 12, 12, 12, 12, 3))
+    shuffled = PermutationSpec({name: spec.groups[name] for name in ("4", "2", "6", "0")})
+    first, second = (merge_many(models, order, method="barycenter", max_steps=1) for order in (spec, shuffled))
+    assert first.history == second.history
+    assert first.history[1] < first.history[0]
+
+
+def test_attention_is_brought_into_one_frame_too():
+    """There heads, the neurons inside a head and the residual stream meet in one tensor."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(12, 3, 20, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(6, 12), block, nn.Linear(12, 3)).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    spec = permutation_spec(model, x)
+    merged = merge_many([model, *(permute(model, spec, spec.random()) for _ in range(2))], spec)
+    assert min(merged.history) < 1e-28 < merged.history[0]
+    torch.testing.assert_close(functional_call(model, merged.weights, x), model(x))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_members_keep_their_function_and_the_ways_between_them_agree(method):
     models = [build("conv", seed)[0] for seed in range(3)]
