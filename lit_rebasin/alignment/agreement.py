@@ -1,11 +1,11 @@
 """How well permuted weights agree with a reference, ``sum_l <W_l^ref, P_l W_l P_{l-1}^T>``, and how that changes with a permutation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lit_rebasin.symmetry import Group, PermutationSpec, neurons, permute
+from lit_rebasin.symmetry import Axis, Group, PermutationSpec, neurons, permute
 
 # The least gain that counts, as a share of the largest that norms of this size allow: well above the rounding of float64.
 TOLERANCE = 1e-9
@@ -81,14 +81,28 @@ def balanced(model: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> di
         model: Weights, float64.
         reference: Weights of the same names and shapes.
     """
-    layers: dict[str, list[str]] = {}
-    for name in reference:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
     scales: dict[str, float] = {}
-    for names in layers.values():
+    for names in _layers(reference):
         ours, theirs = (sum(float(some[name].square().sum()) for name in names) for some in (model, reference))
         scales |= dict.fromkeys(names, 1 / (ours * theirs) ** 0.5 if ours > 0 and theirs > 0 else 0.0)
     return {name: scales[name] * tensor for name, tensor in reference.items()}
+
+
+def in_units(models: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return several models with every layer divided by the root mean square of its norms; one that is zero stays."""
+    scales: dict[str, float] = {}
+    for names in _layers(models[0]):
+        squares = sum(float(model[name].square().sum()) for model in models for name in names) / len(models)
+        scales |= dict.fromkeys(names, squares**-0.5 if squares > 0 else 1.0)
+    return [{name: scales[name] * tensor for name, tensor in model.items()} for model in models]
+
+
+def _layers(names: Iterable[str]) -> list[list[str]]:
+    """Return the names of tensors by the module that they belong to."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(layers.values())
 
 
 def cosine_cost(model: Mapping[str, Tensor], weighed: Mapping[str, Tensor]) -> float:
@@ -101,3 +115,43 @@ def cosine_cost(model: Mapping[str, Tensor], weighed: Mapping[str, Tensor]) -> f
     layers = {name.rpartition(".")[0] for name, tensor in weighed.items() if tensor.any()}
     total = sum(float((model[name] * tensor).sum()) for name, tensor in weighed.items())
     return 1 - total / len(layers) if layers else 0.0
+
+
+def joint_gain(
+    model: Mapping[str, Tensor], reference: Mapping[str, Tensor], spec: PermutationSpec, plans: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return by group the gradient ``(size, size)`` of the agreement at plans, or permutations, of all groups together.
+
+    As :func:`gain`, but each other axis of a tensor is moved by the plan of its own group.
+    """
+    total = {name: torch.zeros(group.size, group.size, dtype=torch.float64) for name, group in spec.groups.items()}
+    for tensor, located in _axes_by_tensor(spec).items():
+        for place, (name, axis) in enumerate(located):
+            others = located[:place] + located[place + 1 :]
+            weights = {tensor: model[tensor]}
+            for other, along in others:
+                weights = moved(weights, Group(other, spec.groups[other].size, (along,)), plans[other])
+            size = spec.groups[name].size
+            ours, theirs = (neurons(some[tensor], axis, size).flatten(1) for some in (weights, reference))
+            total[name] += theirs @ ours.T
+    return total
+
+
+def joint_degree(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> int:
+    """Return the degree of the agreement along a line of plans of all groups: how many axes meet in one entry of a tensor, at most."""
+    largest = 0
+    for tensor, located in _axes_by_tensor(spec).items():
+        meeting = [torch.zeros(length, dtype=torch.long) for length in tensors[tensor].shape]
+        for name, axis in located:
+            meeting[axis.dim][axis.entries(spec.groups[name].size).flatten()] += 1
+        largest = max(largest, sum(int(count.max()) for count in meeting if len(count)))
+    return largest
+
+
+def _axes_by_tensor(spec: PermutationSpec) -> dict[str, list[tuple[str, Axis]]]:
+    """Return, for each tensor, its axes that move, with the names of their groups."""
+    found: dict[str, list[tuple[str, Axis]]] = {}
+    for name, group in spec.groups.items():
+        for axis in group.axes:
+            found.setdefault(axis.tensor, []).append((name, axis))
+    return found
