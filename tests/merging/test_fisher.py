@@ -140,7 +140,7 @@ def test_bad_arguments():
             diagonal_fisher(model, [], loss=loss)
     with pytest.raises(TypeError, match="must begin with an input and a target"):
         diagonal_fisher(model, [inputs], loss=cross_entropy)
-    with pytest.raises(TypeError, match="no tensor of logits .*: give a loss"):
+    with pytest.raises(TypeError, match=r"no tensor of logits .*: give a loss"):
         diagonal_fisher(nn.Sequential(model, nn.Flatten(0)), [inputs])
     with pytest.raises(RuntimeError, match="shape"):  # the network's own error, not one of vmap
         diagonal_fisher(nn.Linear(3, 2), [(torch.randn(4, 5), targets[:4])], loss=cross_entropy)

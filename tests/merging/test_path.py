@@ -75,7 +75,7 @@ def test_alphas_that_do_not_fit():
     alphas = {name: 0.5 for name, tensor in path.new.items() if tensor.is_floating_point()}
     with pytest.raises(ValueError, match=r"alpha has no number for the tensor '3.weight'"):
         path.at({name: alpha for name, alpha in alphas.items() if name != "3.weight"})
-    with pytest.raises(ValueError, match="'4.weight', but the models have no tensor of that name"):
+    with pytest.raises(ValueError, match=r"'4.weight', but the models have no tensor of that name"):
         path.at({**alphas, "4.weight": 0.5})
     with pytest.raises(ValueError, match=r"alpha\['0.bias'\] is the weight of the previous model .* got 1.5"):
         path.at({**alphas, "0.bias": 1.5})
@@ -84,7 +84,7 @@ def test_alphas_that_do_not_fit():
 def test_ends_that_do_not_fit():
     with pytest.raises(TypeError, match="got a Sequential and a OrderedDict"):
         LinearPath(network(0), network(1).state_dict())
-    with pytest.raises(ValueError, match="'3.weight' has shape"):
+    with pytest.raises(ValueError, match=r"'3.weight' has shape"):
         LinearPath(network(0), nn.Sequential(*network(0)[:3], nn.Linear(4, 5)))
     with pytest.raises(TypeError, match="give LinearPath two modules"):
         LinearPath(network(0).state_dict(), network(1).state_dict()).module_at(0.5)
