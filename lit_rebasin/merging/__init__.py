@@ -5,6 +5,7 @@ from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, lay
 from lit_rebasin.merging.fisher import diagonal_fisher
 from lit_rebasin.merging.path import LinearPath, PathLosses
 from lit_rebasin.merging.repair import repair
+from lit_rebasin.merging.reset import reset_batch_norm
 from lit_rebasin.merging.statistics import has_batch_norm, reestimate_batch_norm
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "loss_barrier",
     "reestimate_batch_norm",
     "repair",
+    "reset_batch_norm",
 ]

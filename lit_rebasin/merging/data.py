@@ -1,4 +1,4 @@
-"""Run a network over batches of data, in evaluation mode."""
+"""Run a network over batches of data, and watch it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +17,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """Give a list for the handles of hooks, which are removed at the end."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def labelled(batches: Iterable[Any], module: nn.Module, argument: str = "dataloader") -> Iterator[tuple[Any, Any]]:

@@ -73,10 +73,17 @@ def along_channels(layer: nn.Module, values: Tensor, output: Tensor) -> Tensor:
     return values.to(output.dtype).view(-1, *[1] * (-1 - channel_dim(layer)))
 
 
+def rows_of_weight(layer: Any, weight: Tensor) -> Tensor:
+    """Return a layer's weight as ``(channels of the output, all that a channel weighs)``."""
+    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, kernel): the outputs of a group lie in its rows
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
+
+
 def fuse(layer: Any, scale: Tensor, shift: Tensor) -> None:
     """Write ``output -> scale * output + shift`` into a layer's weight, and its bias if it has one."""
     weight = layer.weight
-    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, kernel): the outputs of a group lie in its rows
+    if isinstance(layer, _ConvTransposeNd):
         rows = weight.detach().double().unflatten(0, (layer.groups, -1))
         by_group = scale.view(layer.groups, 1, -1, *[1] * len(layer.kernel_size))
         scaled = (rows * by_group).flatten(0, 1)

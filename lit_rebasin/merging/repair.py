@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from lit_rebasin.alignment import check_same_architecture
-from lit_rebasin.merging.data import evaluating
+from lit_rebasin.merging.data import evaluating, hooks
 from lit_rebasin.merging.moments import Moments, along_channels, channels_of, fuse, rows_of
 from lit_rebasin.merging.path import LinearPath, alpha_of, weights_of, write_weights
 from lit_rebasin.merging.statistics import reestimate_batch_norm
@@ -63,7 +62,7 @@ def repair(
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches
     own = {name: tensor.clone() for name, tensor in weights_of(merged).items()}
-    _check(merged, path)
+    check_endpoints(merged, path)
     finished = False
     try:
         with torch.no_grad(), evaluating(merged):
@@ -105,7 +104,7 @@ class _Correction:
             if isinstance(module, _BatchNorm):
                 module.train(module.track_running_stats)
         layers = channels_of(merged)
-        with _hooks() as handles:
+        with hooks() as handles:
             for name in self.goals:
                 handles.append(layers[name].register_forward_hook(self._corrected(name)))
             reestimate_batch_norm(merged, forward, batches)
@@ -164,7 +163,7 @@ def _observe(model: nn.Module, forward: Forward, batches: Iterable[Any]) -> tupl
         unfit.update(name for value in tree_leaves(values) for name, output in outputs.items() if output() is value)
 
     empty = True
-    with _hooks() as handles:
+    with hooks() as handles:
         for name, layer in channels_of(model).items():
             handles.append(layer.register_forward_hook(observe(name)))
         for module in model.modules():
@@ -181,18 +180,8 @@ def _observe(model: nn.Module, forward: Forward, batches: Iterable[Any]) -> tupl
     return moments, moments.keys() - unfit
 
 
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    """Collect handles of hooks, and remove them at the end."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check(merged: nn.Module, path: LinearPath) -> None:
+def check_endpoints(merged: nn.Module, path: LinearPath) -> None:
+    """Raise a ValueError unless a path has the tensors of a merged network, at places of their own."""
     own = weights_of(merged)
     check_same_architecture(own, {name: tensor for name, tensor in path.new.items() if name in own})
     places = {tensor.data_ptr() for tensor in own.values() if tensor.numel()}
