@@ -51,15 +51,14 @@ class LinearPath:
             ValueError: If an alpha lies outside [0, 1], or a mapping lacks a tensor or names one that the models lack.
         """
         if not isinstance(alpha, Mapping):
-            return interpolate(self.previous, self.new, _checked(alpha, "alpha"))
+            return interpolate(self.previous, self.new, _number(alpha, "alpha"))
         for name in alpha:
             if name not in self.new:
                 raise ValueError(f"alpha has a number for {name!r}, but the models have no tensor of that name.")
         merged: dict[str, Tensor] = {}
         for name, tensor in self.new.items():
             if tensor.is_floating_point():
-                own = _checked(alpha_of(alpha, name), f"alpha[{name!r}]")
-                merged |= interpolate({name: self.previous[name]}, {name: tensor}, own)
+                merged |= interpolate({name: self.previous[name]}, {name: tensor}, alpha_of(alpha, name))
             else:
                 merged[name] = tensor
         return merged
@@ -108,12 +107,18 @@ def write_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def alpha_of(alpha: float | Mapping[str, float], name: str) -> float:
-    """Return the alpha of one tensor."""
+    """Return the alpha of one tensor; a ValueError if it has none in [0, 1]."""
     if not isinstance(alpha, Mapping):
-        return alpha
+        return _number(alpha, "alpha")
     if name not in alpha:
         raise ValueError(f"alpha has no number for the tensor {name!r}: give one for every tensor of floating point.")
-    return alpha[name]
+    return _number(alpha[name], f"alpha[{name!r}]")
+
+
+def _number(alpha: float, argument: str) -> float:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{argument} is the weight of the previous model and must lie in [0, 1], got {alpha}.")
+    return alpha
 
 
 def grid(points: int) -> Tensor:
@@ -121,12 +126,6 @@ def grid(points: int) -> Tensor:
     if points < 3:
         raise ValueError(f"points must be at least 3, got {points}.")
     return torch.linspace(0, 1, points, dtype=torch.float64)
-
-
-def _checked(alpha: float, argument: str) -> float:
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"{argument} is the weight of the previous model and must lie in [0, 1], got {alpha}.")
-    return alpha
 
 
 @dataclass(frozen=True)
