@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from lit_rebasin.merging.data import evaluating, labelled, to_device
 
-# Gradients of single examples that are held at a time, in entries: 256 MiB of float32.
-_HELD = 2**26
+# Entries of single examples' gradients that are held at a time (32 MiB of float32: more is slower on a CPU), and the fewest examples.
+_HELD, _FEWEST = 2**23, 8
 
 Weights = dict[str, Tensor]
 ExampleLoss = Callable[[Weights, Tensor, Tensor], Tensor]
@@ -68,7 +68,7 @@ class _Squares:
 
     def __call__(self, weights: Weights, inputs: Tensor, target: Tensor) -> Weights:
         entries = sum(tensor.numel() for tensor in weights.values())
-        chunk = max(1, _HELD // max(1, entries))
+        chunk = max(_FEWEST, _HELD // max(1, entries))
         chunks = zip(inputs.split(chunk), target.split(chunk), strict=True)
         parts = [self._of_chunk(weights, some, labels) for some, labels in chunks]
         return {name: torch.stack([part[name] for part in parts]).sum(0) for name in weights}

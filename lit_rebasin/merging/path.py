@@ -72,8 +72,6 @@ class LinearPath:
         """
         merged, weights = copy.deepcopy(self.network), self.at(alpha)
         write_weights(merged, weights)
-        for parameter in merged.parameters():
-            parameter.grad = None
         return merged
 
     @property
