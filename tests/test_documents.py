@@ -20,9 +20,10 @@ def test_code_of_the_readme_runs_as_it_stands(index, tmp_path, monkeypatch):
         assert names["merge"].n_tasks == 5
 
 
-def test_code_of_the_transport_page_prints_what_it_says(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/transport.md").read_text(), re.DOTALL)
-    exec(compile("\n".join(blocks), "transport.md", "exec"), {})
+@pytest.mark.parametrize("page", ["transport.md", "merging.md"])
+def test_code_of_a_page_prints_what_it_says(page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    exec(compile("\n".join(blocks), page, "exec"), {})
     assert capsys.readouterr().out.splitlines() == [
         line.removeprefix("# ") for block in blocks for line in block.splitlines() if line.startswith("# ")
     ]

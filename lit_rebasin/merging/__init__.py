@@ -1,7 +1,24 @@
 """The path between aligned models, and the one model that it becomes."""
 
-from lit_rebasin.merging.coefficient import NoFiniteLossError, line_search
+from lit_rebasin.merging.barrier import loss_barrier
+from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, layer_fisher_alphas, line_search
+from lit_rebasin.merging.fisher import diagonal_fisher
 from lit_rebasin.merging.path import LinearPath, PathLosses
+from lit_rebasin.merging.repair import repair
+from lit_rebasin.merging.reset import reset_batch_norm
 from lit_rebasin.merging.statistics import has_batch_norm, reestimate_batch_norm
 
-__all__ = ["LinearPath", "NoFiniteLossError", "PathLosses", "has_batch_norm", "line_search", "reestimate_batch_norm"]
+__all__ = [
+    "LinearPath",
+    "NoFiniteLossError",
+    "PathLosses",
+    "diagonal_fisher",
+    "fisher_alpha",
+    "has_batch_norm",
+    "layer_fisher_alphas",
+    "line_search",
+    "loss_barrier",
+    "reestimate_batch_norm",
+    "repair",
+    "reset_batch_norm",
+]

@@ -1,0 +1,59 @@
+"""Run a network over batches of data, and watch it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode for a while; each of its parts is then back in its own mode."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """Give a list for the handles of hooks, which are removed at the end."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def labelled(batches: Iterable[Any], module: nn.Module, argument: str = "dataloader") -> Iterator[tuple[Any, Any]]:
+    """Yield input and target of every batch, on the module's device.
+
+    Raises:
+        TypeError: If a batch is not a tuple or list of an input and a target.
+        ValueError: If there are no batches.
+    """
+    empty = True
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise TypeError(f"Every batch of {argument} must begin with an input and a target, got {_kind(batch)}.")
+        empty = False
+        yield to_device(batch[0], module), to_device(batch[1], module)
+    if empty:
+        raise ValueError(
+            f"{argument} gave no batches: it is empty, or can be read only once and has been (make a list of it)."
+        )
+
+
+def to_device(value: Any, module: nn.Module) -> Any:
+    """Return a tensor on the device of a module's weights, and anything else as it is."""
+    weight = next(module.parameters(), None)
+    return value.to(weight.device) if isinstance(value, Tensor) and weight is not None else value
+
+
+def _kind(batch: Any) -> str:
+    return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")

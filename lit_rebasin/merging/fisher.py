@@ -1,0 +1,111 @@
+"""The diagonal of the Fisher information: how much a network's predictions depend on each of its weights."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+
+from lit_rebasin.merging.data import evaluating, labelled, to_device
+
+# Entries of single examples' gradients that are held at a time (32 MiB of float32: more is slower on a CPU), and the fewest examples.
+_HELD, _FEWEST = 2**23, 8
+
+Weights = dict[str, Tensor]
+ExampleLoss = Callable[[Weights, Tensor, Tensor], Tensor]
+
+
+def diagonal_fisher(
+    model: nn.Module, dataloader: Iterable[Any], *, loss: Callable[[Any, Any], Tensor] | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the mean over examples of the squared gradients of the log-likelihood of one example.
+
+    Without ``loss``, of a classifier whose outputs are logits, with labels drawn from its own predictions: one draw an example of the Fisher
+    information ``E_x E_{y ~ p(y|x)} (d log p(y|x) / d w)^2``, which is the curvature of the loss where the predictions fit (Kunstner et al.,
+    NeurIPS 2019, tell it from the next). With ``loss``, at the targets of the data, which is the empirical Fisher. The network runs in
+    evaluation mode and is not changed.
+
+    Args:
+        model: The network.
+        dataloader: Batches that begin with an input and, for ``loss``, a target; each one example a row. Bare inputs do without ``loss``.
+        loss: ``loss(output, target)``, the negative log-likelihood of a batch of one.
+        seed: Seed of the labels that are drawn.
+
+    Returns:
+        For every parameter that takes a gradient, by name, a tensor of its shape.
+
+    Raises:
+        TypeError: If a batch lacks what is needed, or the output is no tensor of logits and ``loss`` is not given.
+        ValueError: If there are no batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    totals = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    measure = loss if loss is not None else cross_entropy
+
+    def example_loss(weights: Weights, example: Tensor, target: Tensor) -> Tensor:
+        return measure(functional_call(model, weights, (example.unsqueeze(0),)), target.unsqueeze(0))
+
+    examples = 0
+    squares = _Squares(example_loss)
+    with evaluating(model):
+        pairs = labelled(dataloader, model) if loss is not None else _self_labelled(model, dataloader, generator)
+        for inputs, target in pairs:
+            for name, square in squares(weights, inputs, target).items():
+                totals[name] += square
+            examples += len(target)
+    return {name: total / examples for name, total in totals.items()}
+
+
+class _Squares:
+    """The sum over a batch of squared gradients of single examples; one by one as soon as ``vmap`` cannot take the network."""
+
+    def __init__(self, loss: ExampleLoss) -> None:
+        self.loss = loss
+        self.vectorized = True
+
+    def __call__(self, weights: Weights, inputs: Tensor, target: Tensor) -> Weights:
+        entries = sum(tensor.numel() for tensor in weights.values())
+        chunk = max(_FEWEST, _HELD // max(1, entries))
+        chunks = zip(inputs.split(chunk), target.split(chunk), strict=True)
+        parts = [self._of_chunk(weights, some, labels) for some, labels in chunks]
+        return {name: torch.stack([part[name] for part in parts]).sum(0) for name in weights}
+
+    def _of_chunk(self, weights: Weights, inputs: Tensor, target: Tensor) -> Weights:
+        if self.vectorized:
+            try:
+                gradients = vmap(grad(self.loss), in_dims=(None, 0, 0))(weights, inputs, target)
+                return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
+            except (RuntimeError, NotImplementedError, ValueError):
+                # Branches on data, operators without a rule, random numbers. A fault of the network's own comes up again below.
+                self.vectorized = False
+        totals = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        for example, label in zip(inputs, target, strict=True):
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+            value = self.loss(leaves, example, label)
+            gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    totals[name] += gradient.square()
+        return totals
+
+
+def _self_labelled(
+    model: nn.Module, dataloader: Iterable[Any], generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs with labels drawn from the softmax of the model's logits."""
+    empty = True
+    for batch in dataloader:
+        empty = False
+        inputs = to_device(batch[0] if isinstance(batch, tuple | list) else batch, model)
+        with torch.no_grad():
+            logits = model(inputs)
+        if not isinstance(logits, Tensor) or logits.ndim < 2:
+            raise TypeError("The model's output is no tensor of logits with classes in dimension 1: give a loss.")
+        shares = logits.movedim(1, -1).softmax(-1).cpu()
+        labels = torch.multinomial(shares.flatten(0, -2), 1, generator=generator).view(shares.shape[:-1])
+        yield inputs, labels.to(logits.device)
+    if empty:
+        raise ValueError("dataloader gave no batches: it is empty.")

@@ -1,0 +1,132 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lit_rebasin import LinearPath
+from lit_rebasin.merging import loss_barrier, repair
+
+from .channels import goals, outputs_of
+from .digits import accuracy, aligned_pair, digits
+
+KINDS = ["mlp", "convnet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+def test_means_and_spreads_are_the_mix_of_those_of_the_endpoints(kind, alpha):
+    previous, new = aligned_pair(kind)
+    path, inputs = LinearPath(previous, new), digits()[0]
+    merged = path.module_at(alpha)
+    names = repair(merged, path, alpha, merged, [inputs])
+    weighted = [name for name, m in merged.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert names == weighted[:-1]
+    before, after, own = (outputs_of(model, names, inputs) for model in (previous, new, merged))
+    for name in names:
+        mean, std = goals(before[name], after[name], alpha)
+        torch.testing.assert_close(own[name].mean(1), mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(own[name].std(1, correction=0), std, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rescale_corrects_spreads_and_multiplies_only(kind):
+    previous, new = aligned_pair(kind)
+    path, inputs = LinearPath(previous, new), digits()[0]
+    merged = path.module_at(0.5)
+    plain = copy.deepcopy(merged)
+    names = repair(merged, path, 0.5, merged, [inputs], mean=False)
+    before, after, own = (outputs_of(model, names, inputs) for model in (previous, new, merged))
+    for name in names:
+        _, std = goals(before[name], after[name], 0.5)
+        torch.testing.assert_close(own[name].std(1, correction=0), std, rtol=1e-9, atol=1e-9)
+        layer, was = merged.get_submodule(name), plain.get_submodule(name)
+        scale = layer.weight.flatten(1)[:, 0] / was.weight.flatten(1)[:, 0]
+        torch.testing.assert_close(layer.weight, was.weight * scale.view(-1, *[1] * (was.weight.ndim - 1)))
+        torch.testing.assert_close(layer.bias, was.bias * scale)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "deep mlp"])
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_ends_of_the_path_stay_what_they_are(kind, mean, alpha):
+    path, (inputs, _, test_inputs, _) = LinearPath(*aligned_pair(kind)), digits()
+    end, merged = path.module_at(alpha), path.module_at(alpha)
+    repair(merged, path, alpha, merged, [inputs], mean=mean)
+    torch.testing.assert_close(merged(test_inputs), end(test_inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_many_batches_come_near_to_one():
+    """Batches normalise by their own moments on the way, so that the result differs by what batches differ from the whole."""
+    path, inputs = LinearPath(*aligned_pair("mlp")), digits()[0]
+    results = []
+    for batches in ([inputs], inputs.split(260), iter(inputs.split(260))):
+        merged = path.module_at(0.5)
+        repair(merged, path, 0.5, merged, batches)
+        results.append(merged)
+    whole, parts, iterator = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in results)
+    assert torch.equal(parts, iterator)
+    assert 0 < float((parts - whole).norm() / whole.norm()) < 0.01
+    torch.testing.assert_close(results[1][0].weight, results[0][0].weight, rtol=1e-9, atol=1e-9)  # no layer before it
+
+
+def test_a_deep_plain_network_works_again():
+    """Eight hidden layers: averaged, little of the input comes through."""
+    path, inputs = LinearPath(*aligned_pair("deep mlp")), digits()[0]
+    assert min(accuracy(path.module_at(0)), accuracy(path.module_at(1))) > 0.95
+    merged = path.module_at(0.5)
+    repair(merged, path, 0.5, merged, [inputs])
+    assert accuracy(merged) > accuracy(path.module_at(0.5)) + 0.3
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_whose_channels_have_only_shrunk_is_restored(kind, mean):
+    """The fading that both methods are against, by itself: every channel times a factor, and for REPAIR with a wrong bias."""
+    model, _ = aligned_pair(kind)
+    path, (inputs, _, test_inputs, _) = LinearPath(model, model), digits()
+    faded = path.module_at(0.5)
+    layers = [module for module in faded.modules() if isinstance(module, nn.Linear | nn.Conv2d)][:-1]
+    with torch.no_grad():
+        for layer in layers:
+            factors = torch.empty(len(layer.weight), dtype=torch.float64).uniform_(0.2, 0.8)
+            layer.weight *= factors.view(-1, *[1] * (layer.weight.ndim - 1))
+            layer.bias *= factors
+            if mean:
+                layer.bias += torch.randn_like(layer.bias)
+    assert not torch.allclose(faded(test_inputs), model(test_inputs), atol=0.1)
+    repair(faded, path, 0.5, faded, [inputs], mean=mean)
+    torch.testing.assert_close(faded(test_inputs), model(test_inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_networks_with_batch_norm_get_their_statistics():
+    path, inputs = LinearPath(*aligned_pair("convnet with BatchNorm")), digits()[0]
+    merged = path.module_at(0.5)
+    assert repair(merged, path, 0.5, merged, [inputs]) == []
+    convolved = merged[1](inputs.unflatten(1, (1, 8, 8))).detach()
+    torch.testing.assert_close(merged[2].running_mean, convolved.mean((0, 2, 3)))
+    assert all(torch.equal(p, path.at(0.5)[name]) for name, p in merged.named_parameters())
+    assert accuracy(merged) > accuracy(path.module_at(0.5)) + 0.08
+
+
+def test_weights_by_name_and_half_precision():
+    previous, new = aligned_pair("mlp")
+    inputs = digits()[0]
+    expected = LinearPath(previous, new).module_at(0.5)
+    repair(expected, LinearPath(previous, new), 0.5, expected, [inputs])
+    by_name = LinearPath(previous.state_dict(), new.state_dict())
+    merged = copy.deepcopy(new)
+    merged.load_state_dict(by_name.at(0.5))
+    repair(merged, by_name, 0.5, merged, [inputs])
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in merged.state_dict().items())
+    path = LinearPath(*(copy.deepcopy(model).bfloat16() for model in (previous, new)))
+    half = path.module_at(0.5)
+    repair(half, path, 0.5, half, [inputs.bfloat16()])
+    torch.testing.assert_close(half[0].weight.double(), expected[0].weight, rtol=0.1, atol=0.02)
+
+
+def test_as_statistics_of_a_barrier():
+    inputs, _, test_inputs, test_targets = digits()
+    path, test = LinearPath(*aligned_pair("convnet")), [(test_inputs, test_targets)]
+    repaired = loss_barrier(path, test, 3, statistics=lambda model, alpha: repair(model, path, alpha, model, [inputs]))
+    assert repaired.accuracy_barrier < 0.8 * loss_barrier(path, test, 3).accuracy_barrier
