@@ -14,6 +14,7 @@ from lit_rebasin.alignment.costs import (
     random_point_cost,
 )
 from lit_rebasin.alignment.covariance import covariance_matching
+from lit_rebasin.alignment.frank_wolfe import frank_wolfe_matching
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.sinkhorn import SinkhornRebasin, sinkhorn_alignment
 from lit_rebasin.alignment.straight_through import straight_through_alignment
@@ -29,6 +30,7 @@ __all__ = [
     "check_same_architecture",
     "cosine_distance",
     "covariance_matching",
+    "frank_wolfe_matching",
     "incremental_cost",
     "interpolate",
     "l1_cost",

@@ -21,6 +21,7 @@ from lit_rebasin.alignment.costs import (
     random_point_cost,
 )
 from lit_rebasin.alignment.covariance import covariance_matching
+from lit_rebasin.alignment.frank_wolfe import frank_wolfe_matching
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.sinkhorn import sinkhorn_alignment
 from lit_rebasin.alignment.straight_through import straight_through_alignment
@@ -35,6 +36,7 @@ METHODS: dict[str, tuple[Callable[..., Alignment] | None, str, str]] = {
     "weights": (weight_matching, "", "identity"),
     "covariance": (covariance_matching, "inputs", "identity"),
     "activations": (activation_matching, "inputs", "identity"),
+    "frank-wolfe": (frank_wolfe_matching, "", "identity"),
     "straight-through": (straight_through_alignment, "labels", "weights"),
     "sinkhorn": (sinkhorn_alignment, "labels", "weights"),
 }
@@ -74,6 +76,7 @@ def align(
     identity            -         nothing
     weights             -         weight matching by coordinate descent: :func:`weight_matching`
     covariance          inputs    the same in the metric of the layers' inputs: :func:`covariance_matching`
+    frank-wolfe         -         all layers climb together: :func:`frank_wolfe_matching`
     activations         inputs    match what neurons respond to: :func:`activation_matching`
     straight-through    labels    train weights that are rounded to permutations: :func:`straight_through_alignment`
     sinkhorn            labels    train soft permutations on any cost: :func:`sinkhorn_alignment`
@@ -125,6 +128,8 @@ def align(
     if function is None:
         distance = float(l2_cost(ours, theirs))
         return Alignment(start, distance, [distance], "identity", True, 0.0)
+    if method == "frank-wolfe":
+        return frank_wolfe_matching(ours, theirs, spec, init=start if init else None, **options)
     if method == "weights":
         return weight_matching(ours, theirs, spec, init=start, seed=seed, **options)
     if needs == "inputs":

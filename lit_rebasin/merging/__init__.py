@@ -3,6 +3,7 @@
 from lit_rebasin.merging.barrier import loss_barrier
 from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, layer_fisher_alphas, line_search
 from lit_rebasin.merging.fisher import diagonal_fisher
+from lit_rebasin.merging.many import ManyMerge, merge_many
 from lit_rebasin.merging.path import LinearPath, PathLosses
 from lit_rebasin.merging.repair import repair
 from lit_rebasin.merging.reset import reset_batch_norm
@@ -10,6 +11,7 @@ from lit_rebasin.merging.statistics import has_batch_norm, reestimate_batch_norm
 
 __all__ = [
     "LinearPath",
+    "ManyMerge",
     "NoFiniteLossError",
     "PathLosses",
     "diagonal_fisher",
@@ -18,6 +20,7 @@ __all__ = [
     "layer_fisher_alphas",
     "line_search",
     "loss_barrier",
+    "merge_many",
     "reestimate_batch_norm",
     "repair",
     "reset_batch_norm",

@@ -132,7 +132,7 @@ def merge_many_frame(members: Members, generator: torch.Generator, max_sweeps: i
             shares = [members.shares[j] for j in others]
             average = {name: weighted_sum([moved[j][name] for j in others], shares) for name in moved[index]}
             seed = int(torch.randint(2**31, (), generator=generator))
-            step = weight_matching(moved[index], average, members.spec, seed=seed)
+            step = weight_matching(moved[index], average, members.spec, normalize=False, seed=seed)
             if step.moved:
                 permutations[index] = compose(permutations[index], step.permutations)
                 moved[index] = permute(moved[index], members.spec, step.permutations)

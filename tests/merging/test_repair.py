@@ -127,6 +127,6 @@ def test_weights_by_name_and_half_precision():
 
 def test_as_statistics_of_a_barrier():
     inputs, _, test_inputs, test_targets = digits()
-    path, test = LinearPath(*aligned_pair("convnet")), [(test_inputs, test_targets)]
+    path, test = LinearPath(*aligned_pair("deep mlp")), [(test_inputs, test_targets)]
     repaired = loss_barrier(path, test, 3, statistics=lambda model, alpha: repair(model, path, alpha, model, [inputs]))
     assert repaired.accuracy_barrier < 0.8 * loss_barrier(path, test, 3).accuracy_barrier
