@@ -123,11 +123,11 @@ def align(
     if spec is None:
         spec = _traced(reference, data)
     spec.validate(tensors_of(reference))
-    start = _start(init or usual, model, reference, spec, data, seed)
     ours, theirs = _parameters(model), _parameters(reference)
     if function is None:
         distance = float(l2_cost(ours, theirs))
-        return Alignment(start, distance, [distance], "identity", True, 0.0)
+        return Alignment(spec.identity(), distance, [distance], "identity", True, 0.0)
+    start = _start(init or usual, model, reference, spec, data, seed)
     if method == "frank-wolfe":
         return frank_wolfe_matching(ours, theirs, spec, init=start if init else None, **options)
     if method == "weights":
