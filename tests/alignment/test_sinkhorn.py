@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ SPEC = permutation_spec(mlp(0), X)
 def test_start_is_sharp_and_is_the_given_permutation():
     p = torch.randperm(256, generator=torch.Generator().manual_seed(0))
     spec = permutation_spec(mlp(0, 256), X)
-    rebasin = SinkhornRebasin(spec, init={NAME: p}, confidence=0.9)
+    rebasin = SinkhornRebasin(spec, init={NAME: p}, sharpness=math.log(9 * 255))
     plan = rebasin.plans()[NAME]
     torch.testing.assert_close(plan[torch.arange(256), p], torch.full((256,), 0.9), rtol=1e-3, atol=1e-3)
     assert torch.equal(rebasin.permutations()[NAME], p)
@@ -66,7 +68,7 @@ def test_training_mode_is_soft_and_evaluation_mode_hard():
 
 def test_soft_network_reaches_the_hard_one_as_the_temperature_falls():
     weights = {name: tensor.detach() for name, tensor in mlp(0).named_parameters()}
-    rebasin = SinkhornRebasin(SPEC)
+    rebasin = SinkhornRebasin(SPEC, sharpness=5.0)
     gaps = []
     for rebasin.temperature in (1.0, 0.5, 0.2):
         gaps.append(l2_cost(rebasin.train()(weights), rebasin.eval()(weights)).item())
@@ -220,6 +222,7 @@ def test_temperature_falls_by_the_schedule_from_step_to_step():
         steps=4,
         learning_rate=1e-9,
         schedule=Schedule(beta_0=2.0, kappa=0.5),
+        noise=0.0,
     )
     rebasin = SinkhornRebasin(SPEC).train()
     for step, soft in enumerate(seen, 1):
@@ -280,8 +283,8 @@ def test_costs_that_are_not_finite_teach_nothing_and_are_never_the_best():
 def test_errors():
     with pytest.raises(ValueError, match="no permutation group"):
         SinkhornRebasin(PermutationSpec())
-    with pytest.raises(ValueError, match="confidence"):
-        SinkhornRebasin(SPEC, confidence=1.0)
+    with pytest.raises(ValueError, match="sharpness and noise must be 0 or more"):
+        SinkhornRebasin(SPEC, sharpness=-1.0)
 
 
 def test_gradients_that_are_not_finite_teach_nothing():
