@@ -44,7 +44,7 @@ class SinkhornRebasin(nn.Module):
         spec: PermutationSpec,
         *,
         init: Mapping[str, Tensor] | None = None,
-        sharpness: float = 2.0,
+        sharpness: float = 1.0,
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -85,10 +85,10 @@ def sinkhorn_alignment(
     *,
     evaluate: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     init: Mapping[str, Tensor] | None = None,
-    sharpness: float = 2.0,
+    sharpness: float = 1.0,
     noise: float = 0.1,
     steps: int = 100,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.3,
     schedule: Schedule | None = None,
     seed: int = 0,
     residual: Mapping[str, Tensor] | None = None,
@@ -108,11 +108,11 @@ def sinkhorn_alignment(
         cost: Maps permuted weights to a scalar; may draw a batch of its own at each call, and may read ``residual``.
         evaluate: Maps hard-permuted weights to the scalar by which candidates are compared; always the same data. Default: ``cost``.
         init: Where to start, by group name. Default: the identity.
-        sharpness: Logit of the permutation of ``init`` at the start, see :class:`SinkhornRebasin`; 1 is published.
+        sharpness: Logit of the permutation of ``init`` at the start, see :class:`SinkhornRebasin`.
         noise: Standard deviation of what is added to the logits at the start.
         steps: Gradient steps. With 0 the start is returned.
         learning_rate: Of the logits.
-        schedule: Gives the temperature of each step. Default: from 1 to 0.2, ``Schedule(beta_0=1, kappa=log 5 / log(1 + steps))``.
+        schedule: Gives the temperature of each step. Default: from 1 to 0.5, ``Schedule(beta_0=1, kappa=log 2 / log(1 + steps))``.
         seed: Of the noise.
         residual: Leaf tensors that require gradients, which ``cost`` adds to the merge; trained in place.
         residual_learning_rate: Of the residual.
@@ -130,7 +130,7 @@ def sinkhorn_alignment(
     started = perf_counter()
     device = _device(model)
     rebasin = SinkhornRebasin(spec, init=init, sharpness=sharpness, noise=noise, seed=seed).to(device)
-    schedule = schedule or Schedule(beta_0=1.0, kappa=log(5) / log(1 + max(1, steps)))
+    schedule = schedule or Schedule(beta_0=1.0, kappa=log(2) / log(1 + max(1, steps)))
     residual = dict(residual or {})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rebasin.parameters(), lr=learning_rate)]
     if residual:

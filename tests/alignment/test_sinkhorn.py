@@ -201,6 +201,7 @@ def test_converged_says_whether_the_plans_are_hard_in_the_end(rate, hard):
         lambda permuted: l2_cost({"0.weight": permuted["0.weight"]}, average),
         steps=20,
         learning_rate=rate,
+        sharpness=4.0,
         schedule=Schedule(beta_0=1.0, kappa=0.01) if not hard else None,
     )
     assert alignment.converged == hard
