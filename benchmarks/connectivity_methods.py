@@ -47,6 +47,22 @@ PEERS = {
 EPOCHS, BATCH, L2_STEPS = 20, 1000, 100
 
 
+class Measured:
+    """CPU seconds, and how far the process grows beyond what it holds with its libraries loaded; Linux only."""
+
+    def __init__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
+        self.bytes, self.start = self._largest_bytes(), time.process_time()
+
+    def end(self):
+        seconds = time.process_time() - self.start
+        return {"seconds": seconds, "megabytes": (self._largest_bytes() - self.bytes) / 2**20}
+
+    @staticmethod
+    def _largest_bytes():
+        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
 def network(width):
     widths = (784, width, width, width, 10)
     layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
@@ -57,18 +73,18 @@ def by_ours(name, model, reference, inputs, targets):
     from lit_rebasin import align, permutation_spec, permute
 
     permutation_spec(network(4), inputs[:2])  # what torch loads for its first export is no part of a method
-    start = time.process_time()
+    measured = Measured()
     data = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
     spec = permutation_spec(reference, inputs[:2])
     found = align(model, reference, spec=spec, data=data, **OURS[name])
-    return permute(model, spec, found.permutations), time.process_time() - start
+    return permute(model, spec, found.permutations), measured.end()
 
 
 def by_sinkhorn_rebasin(kind, model, reference, inputs, targets):
     from rebasin import RebasinNet
     from rebasin.loss import DistL2Loss, MidLoss, RndLoss
 
-    start = time.process_time()
+    measured = Measured()
     net = RebasinNet(copy.deepcopy(model), (1, 784))
     if kind == "l2":
         net.identity_init()
@@ -94,17 +110,17 @@ def by_sinkhorn_rebasin(kind, model, reference, inputs, targets):
         loss.backward()
         optimizer.step()
     net.eval()
-    return copy.deepcopy(net()).eval(), time.process_time() - start
+    return copy.deepcopy(net()).eval(), measured.end()
 
 
 def by_snimu(model, reference, inputs):
     from rebasin import PermutationCoordinateDescent
 
-    start = time.process_time()
+    measured = Measured()
     moved = copy.deepcopy(model)
     descent = PermutationCoordinateDescent(copy.deepcopy(reference), moved, inputs[:2])
     descent.rebasin()
-    return moved, time.process_time() - start
+    return moved, measured.end()
 
 
 def carry(name, folder):
@@ -114,20 +130,14 @@ def carry(name, folder):
     model, reference = (network(kept["width"]) for _ in range(2))
     model.load_state_dict(torch.load(folder / "model.pt"))
     reference.load_state_dict(torch.load(folder / "reference.pt"))
-    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten: Linux only
-    before = largest_bytes()
     if name in OURS:
-        moved, seconds = by_ours(name, model, reference, inputs, targets)
+        moved, figures = by_ours(name, model, reference, inputs, targets)
     else:
         peer, kind = PEERS[name]
         by_peer = by_sinkhorn_rebasin if peer == "sinkhorn" else lambda _, m, r, x, y: by_snimu(m, r, x)
-        moved, seconds = by_peer(kind, model, reference, inputs, targets)
+        moved, figures = by_peer(kind, model, reference, inputs, targets)
     torch.save(moved.state_dict(), folder / "moved.pt")
-    return {"seconds": seconds, "megabytes": (largest_bytes() - before) / 2**20}
-
-
-def largest_bytes():
-    return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+    return figures
 
 
 def run(name, folder, peers):

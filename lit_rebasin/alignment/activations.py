@@ -1,6 +1,6 @@
 """Activation matching: permute a model's neurons onto those of a reference that respond to the same inputs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from lit_rebasin.transport import assignment
 
 # Passes over the data, where one group lies inside another and so depends on how that one was matched.
 _PASSES = 5
+# Gain in the sum of similarities that is put down to rounding.
+_LEAST = 1e-9
 
 
 def activation_matching(
@@ -51,34 +53,55 @@ def activation_matching(
         raise ValueError(f"similarity must be correlation or cosine, got {similarity!r}.")
     started = perf_counter()
     check_same_architecture(tensors_of(model), tensors_of(reference))
-    reader = FeatureReader(reference, spec)
+    reader, centred = FeatureReader(reference, spec), similarity == "correlation"
+    nested = [name for name, others in nested_groups(spec).items() if others]
+
+    def compare(permutations: Mapping[str, Tensor], averaged: Collection[str] = ()) -> dict[str, Tensor]:
+        return _similarities(reader, reference, permute(model, spec, permutations), batches, centred, averaged)
+
     permutations = {**spec.identity(), **(init or {})}
-    history: list[float] = []
-    converged = False
-    for _ in range(_PASSES):
-        similarities = _similarities(
-            reader, reference, permute(model, spec, permutations), batches, centred=similarity == "correlation"
-        )
-        steps = {name: assignment(one) for name, one in similarities.items()}
-        moves = {
-            name: step for name, step in steps.items() if _mean(similarities[name], step) > _mean(similarities[name])
-        }
-        history = history or [_cost(similarities, {})]
-        history.append(_cost(similarities, moves))
-        permutations = compose(permutations, moves)
-        converged = not moves or not any(nested_groups(spec).values())
-        if converged:
+    best, similarities = permutations, compare(permutations)
+    history = [_cost(similarities)]
+    for number in range(_PASSES):
+        # Heads can only be told apart once their features are in order, and the other way round: at first each with the others averaged out.
+        blurred = compare(permutations, nested) if nested and number == 0 else similarities
+        moves = _moves(blurred)
+        if not moves:
             break
-    return Alignment(permutations, history[-1], history, "activations", converged, perf_counter() - started)
+        permutations = compose(permutations, moves)
+        if nested:
+            similarities = compare(permutations)
+        else:
+            similarities = {name: one[:, moves[name]] if name in moves else one for name, one in similarities.items()}
+        history.append(_cost(similarities))
+        if history[-1] <= min(history):
+            best = permutations
+    converged = not _moves(similarities)
+    return Alignment(best, min(history), history, "activations", converged, perf_counter() - started)
+
+
+def _moves(similarities: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the permutations that raise the similarity of their group."""
+    steps = {name: assignment(one) for name, one in similarities.items()}
+    return {
+        name: step
+        for name, step in steps.items()
+        if float(similarities[name][torch.arange(len(step)), step].sum()) > float(similarities[name].trace()) + _LEAST
+    }
 
 
 def _similarities(
-    reader: FeatureReader, reference: nn.Module, model: nn.Module, batches: Iterable[tuple[Any, ...]], *, centred: bool
+    reader: FeatureReader,
+    reference: nn.Module,
+    model: nn.Module,
+    batches: Iterable[tuple[Any, ...]],
+    centred: bool,
+    averaged: Collection[str],
 ) -> dict[str, Tensor]:
     """Return, for each group, the mean over its values of the similarities of reference and model neurons, ``(size, size)``."""
     moments: dict[str, list[_Moments]] = {}
     for inputs in batches:
-        theirs, ours = reader.read(reference, inputs).groups, reader.read(model, inputs).groups
+        theirs, ours = (reader.read(network, inputs, averaged).groups for network in (reference, model))
         for name, values in theirs.items():
             kept = moments.setdefault(name, [_Moments(len(value)) for value in values])
             for moment, one, other in zip(kept, values, ours[name], strict=True):
@@ -119,12 +142,7 @@ class _Moments:
         return scales[0, :, None] * products * scales[1]
 
 
-def _mean(similarity: Tensor, step: Tensor | None = None) -> float:
-    order = torch.arange(len(similarity)) if step is None else step
-    return float(similarity[torch.arange(len(similarity)), order].mean())
-
-
-def _cost(similarities: Mapping[str, Tensor], moves: Mapping[str, Tensor]) -> float:
-    """Return one less the mean similarity of matched neurons."""
-    total = sum(len(one) * _mean(one, moves.get(name)) for name, one in similarities.items())
+def _cost(similarities: Mapping[str, Tensor]) -> float:
+    """Return one less the mean similarity of neurons in their places."""
+    total = sum(float(one.trace()) for one in similarities.values())
     return 1 - total / max(1, sum(map(len, similarities.values())))

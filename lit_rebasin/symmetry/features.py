@@ -1,6 +1,6 @@
 """Read what a network computes on data: the values that its permutation groups move, and the inputs of its layers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,13 @@ class FeatureReader:
         """Whether any batch was read."""
         return bool(self._taps)
 
-    def read(self, network: nn.Module, inputs: tuple[Any, ...]) -> Features:
+    def read(self, network: nn.Module, inputs: tuple[Any, ...], averaged: Collection[str] = ()) -> Features:
         """Return the features of a network of the architecture on one batch of inputs.
+
+        Args:
+            network: The network.
+            inputs: The arguments of its forward pass.
+            averaged: Groups whose neurons are averaged over what else their dimension holds, as heads over the features inside them.
 
         Raises:
             ValueError: If the network cannot be exported with inputs of these shapes.
@@ -71,7 +76,7 @@ class FeatureReader:
         )
         if key not in self._taps:
             self._taps[key] = _Taps(export(self.model, inputs, {}, training=False), self.spec)
-        return self._taps[key].read(network, inputs)
+        return self._taps[key].read(network, inputs, averaged)
 
 
 class _Taps:
@@ -98,7 +103,7 @@ class _Taps:
         self.groups = {name: at_inputs.get(name) or at_outputs.get(name, []) for name in spec.groups}
         self.sizes = {name: group.size for name, group in spec.groups.items()}
 
-    def read(self, network: nn.Module, inputs: tuple[Any, ...]) -> Features:
+    def read(self, network: nn.Module, inputs: tuple[Any, ...], averaged: Collection[str]) -> Features:
         """Run the graph with the weights of a network."""
         held = tensors_of(network)
         leaves = iter(pytree.tree_leaves(inputs))
@@ -113,10 +118,14 @@ class _Taps:
         seen = _Watcher(self.program.graph_module, wanted)
         with torch.no_grad():
             seen.run(*values)
-        groups = {
-            name: [neurons(seen.values[node], axis, self.sizes[name]).flatten(1) for node, axis in axes]
-            for name, axes in self.groups.items()
-        }
+        groups: dict[str, list[Tensor]] = {}
+        for name, axes in self.groups.items():
+            values = [(neurons(seen.values[node], axis, self.sizes[name]), axis.dim) for node, axis in axes]
+            # What comes before and after a neuron along its dimension are the two dimensions from there on.
+            groups[name] = [
+                (value.float().mean((dim + 1, dim + 2)) if name in averaged else value).flatten(1)
+                for value, dim in values
+            ]
         layers: dict[str, list[Tensor]] = {}
         for node, weight in self.layers.items():
             (x,) = (value for arg, value in seen.values.items() if arg is node.args[0])

@@ -62,6 +62,38 @@ def test_planted_permutations_are_found_by_activations_and_by_covariance():
             torch.testing.assert_close(permute(model, SPEC, found.permutations)(X), reference(X))
 
 
+class Attention(nn.Module):
+    """Heads with features inside them: groups within one dimension of a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attention = nn.Linear(6, 24), nn.MultiheadAttention(24, 4, batch_first=True)
+        self.hidden, self.last = nn.Linear(24, 30), nn.Linear(30, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.attention(x, x, x)[0]
+        return self.last(torch.tanh(self.hidden(x)))
+
+
+@pytest.mark.parametrize("match", ["activations", "covariance", "weights"])
+def test_heads_and_the_features_inside_them(match):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        reference, x = Attention().eval(), torch.randn(40, 7, 6)
+        spec = permutation_spec(reference, x[:2])
+        planted = spec.random(generator=torch.Generator().manual_seed(seed))
+        model = permute(reference, spec, planted)
+        if match == "weights":
+            found = weight_matching(dict(model.named_parameters()), dict(reference.named_parameters()), spec)
+        else:
+            found = {"activations": activation_matching, "covariance": covariance_matching}[match](
+                model, reference, spec, [(x,)]
+            )
+        assert found.converged
+        assert all(torch.equal(found.permutations[name], p) for name, p in invert(planted).items())
+
+
 def test_neurons_that_never_respond_have_no_part_in_it():
     model, reference = mlp(0), mlp(1)
     with torch.no_grad():
