@@ -1,16 +1,16 @@
-"""Covariance-weighted weight matching: rows of weights are compared where the inputs of their layer vary."""
+"""Covariance-weighted weight matching: weights are compared where the inputs of their layer vary."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_rebasin.alignment.agreement import balanced, cosine_cost, exact, restrict
-from lit_rebasin.alignment.costs import check_counts, check_same_architecture
+from lit_rebasin.alignment.costs import check_same_architecture
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.alignment.weights import coordinate_ascent
+from lit_rebasin.alignment.weights import weight_matching
 from lit_rebasin.symmetry import FeatureReader, PermutationSpec
 
 
@@ -20,69 +20,70 @@ def covariance_matching(
     spec: PermutationSpec,
     batches: Iterable[tuple[Any, ...]],
     *,
-    power: float = 0.25,
+    power: float = 0.125,
     init: Mapping[str, Tensor] | None = None,
+    restarts: int = 0,
     seed: int = 0,
     max_sweeps: int = 100,
 ) -> Alignment:
-    """Match the weights in the metric of their inputs: ``sum_l <W_l^ref S_l, P_l W_l P_{l-1}^T>`` with ``S_l = C_l ** power``.
+    """Match the weights in the metric of their inputs: weight matching of ``W_l C_l ** (power / 2)``, ``C_l`` the covariance of the inputs.
 
-    ``C_l`` is the covariance of the inputs of layer ``l`` of the reference. Ferbach et al. (AISTATS 2024, section 6) compare neurons by
-    ``(w_i - w_j)^T Sigma (w_i - w_j)`` with the second moment of the inputs, layer by layer from the input on. Here both sides of a layer
-    count, as in weight matching; the covariance takes the place of the second moment, since a mean is a matter of the bias; and a power below
-    1 keeps the few directions that almost all of the variance lies in from deciding alone. Layers count by their cosines (of ``W_l^ref S_l``
-    and the permuted ``W_l``). Of a convolution it is the covariance of the channels at one position. Tensors of layers that are neither
-    linear nor a convolution are compared as they are; biases of those that are play no part.
+    Ferbach et al. (AISTATS 2024, section 6) compare neurons by ``(w_i - w_j)^T Sigma (w_i - w_j)`` with the second moment of the inputs in
+    one network. Here each network has its own ``C_l``, whose axes move as those of ``W_l`` do: so the aim is the same for both sides of a
+    layer, and a permuted copy of a network is a perfect match. It is the covariance, since a mean is a matter of the bias; and a power below
+    1 keeps the few directions that almost all of the variance lies in from deciding alone. Of a convolution it is the covariance of the
+    channels at one position. Tensors of layers that are neither linear nor a convolution are compared as they are; biases of those that are
+    play no part.
 
     Args:
         model: The network to permute; not written to.
         reference: The one that stays put.
         spec: The symmetries of the two.
         batches: Inputs, each a tuple of the arguments of one forward pass; no labels.
-        power: Of the covariance, from 0 (plain weight matching) to 1.
+        power: Of the covariance in the products of two rows, from 0 (plain weight matching) to 1.
         init: The permutations to start from, by group name. Default: the identity.
-        seed: Seed of the order of the groups.
-        max_sweeps: Bound on the sweeps over all groups.
+        restarts: How often to start again from random permutations; the best of all is returned.
+        seed: Seed of the order of the groups and of the restarts.
+        max_sweeps: Bound on the sweeps over all groups, of each start.
 
     Returns:
         The alignment, never worse than ``init``; its cost is the mean over the layers of one less their cosine.
 
     Raises:
-        ValueError: If ``power`` lies outside [0, 1], there are no batches, or the architectures differ.
+        ValueError: If ``power`` lies outside [0, 1], there are no batches, the architectures differ, or a count is out of range.
     """
     if not 0 <= power <= 1:
         raise ValueError(f"power must lie between 0 and 1, got {power}.")
-    check_counts(max_sweeps=(max_sweeps, 1))
     started = perf_counter()
-    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
-    check_same_architecture(ours, theirs)
-    metrics = {name: _power(one, power) for name, one in _covariances(reference, spec, batches).items() if name in ours}
-    measured = {name.rpartition(".")[0] for name in metrics}
-    compared = [name for name in ours if name in metrics or name.rpartition(".")[0] not in measured]
-    weights, targets = (exact({name: some[name] for name in compared}) for some in (ours, theirs))
-    # A metric acts along the channels that come in.
-    targets |= {name: (targets[name].movedim(1, -1) @ one).movedim(-1, 1) for name, one in metrics.items()}
-    permutations, history, converged = coordinate_ascent(
-        weights,
-        balanced(weights, targets),
-        restrict(spec, weights),
-        {**spec.identity(), **(init or {})},
-        cosine_cost,
-        torch.Generator().manual_seed(seed),
-        max_sweeps,
-    )
-    return Alignment(permutations, history[-1], history, "covariance", converged, perf_counter() - started)
-
-
-def _covariances(reference: nn.Module, spec: PermutationSpec, batches: Iterable[tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Return the covariance of the inputs of each layer by the name of its weight, float64."""
+    check_same_architecture(dict(model.named_parameters()), dict(reference.named_parameters()))
     reader = FeatureReader(reference, spec)
-    columns = {name: tensor.shape[1] for name, tensor in reference.named_parameters() if tensor.ndim > 1}
+    ours, theirs = (_weighed(network, reader, batches, power) for network in (model, reference))
+    found = weight_matching(ours, theirs, spec, init=init, restarts=restarts, seed=seed, max_sweeps=max_sweeps)
+    return replace(found, method="covariance", seconds=perf_counter() - started)
+
+
+def _weighed(
+    network: nn.Module, reader: FeatureReader, batches: Iterable[tuple[Any, ...]], power: float
+) -> dict[str, Tensor]:
+    """Return the parameters to compare, those of layers whose inputs are known times the root of the metric along the channels that come in."""
+    tensors = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    roots = {name: _power(one, power / 2) for name, one in _covariances(network, reader, batches).items()}
+    measured = {name.rpartition(".")[0] for name in roots}
+    return {
+        name: (tensor.double().cpu().movedim(1, -1) @ roots[name]).movedim(-1, 1) if name in roots else tensor
+        for name, tensor in tensors.items()
+        if name in roots or name.rpartition(".")[0] not in measured
+    }
+
+
+def _covariances(network: nn.Module, reader: FeatureReader, batches: Iterable[tuple[Any, ...]]) -> dict[str, Tensor]:
+    """Return the covariance of the inputs of each layer by the name of its weight, float64."""
+    columns = {name: tensor.shape[1] for name, tensor in network.named_parameters() if tensor.ndim > 1}
     sums: dict[str, list[Any]] = {}
     for inputs in batches:
-        for name, values in reader.read(reference, inputs).layers.items():
+        for name, values in reader.read(network, inputs).layers.items():
             # Those of a grouped convolution, or of a weight that is used twice, count as one.
-            for x in values:
+            for x in values if name in columns else []:
                 rows = x.reshape(-1, columns[name]).float()
                 total = sums.setdefault(name, [0, 0.0, 0.0])
                 total[0] += len(rows)
