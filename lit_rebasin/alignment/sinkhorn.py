@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_rebasin.alignment.candidates import Candidates
 from lit_rebasin.alignment.costs import check_counts
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.transport import Schedule, assignment, sinkhorn
@@ -138,7 +139,7 @@ def sinkhorn_alignment(
         optimizers.append(torch.optim.SGD(residual.values(), lr=residual_learning_rate, weight_decay=decay))
     seen = Candidates(model, spec, evaluate or cost)
     seen.offer({**spec.identity(), **(init or {})}, residual)
-    for step in range(1, steps + 1):
+    for step in shown(range(1, steps + 1), "Sinkhorn re-basin", steps):
         rebasin.temperature = schedule.regularization(step)
         rebasin.train()
         value = cost(rebasin(model))

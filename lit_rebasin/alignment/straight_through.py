@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_rebasin.alignment.candidates import Candidates
 from lit_rebasin.alignment.costs import check_counts
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.weights import weight_matching
 from lit_rebasin.symmetry import PermutationSpec, permute
@@ -58,7 +59,7 @@ def straight_through_alignment(
     permutations = {**spec.identity(), **(init or {})}
     seen.offer(permutations)
     still = 0
-    for step in range(1, steps + 1):
+    for step in shown(range(1, steps + 1), "Straight-through estimator", steps):
         before = permutations
         permutations = weight_matching(model, free, spec, init=permutations, seed=seed + step).permutations
         still = still + 1 if all(torch.equal(p, before[name]) for name, p in permutations.items()) else 0

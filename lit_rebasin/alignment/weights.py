@@ -20,6 +20,7 @@ from lit_rebasin.alignment.agreement import (
     restrict,
 )
 from lit_rebasin.alignment.costs import check_counts, check_same_architecture, l2_cost
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import Group, PermutationSpec, permute
 from lit_rebasin.transport import assignment
@@ -101,7 +102,8 @@ def coordinate_ascent(
     nested = nested_groups(spec)
     for _ in range(max_sweeps):
         converged = True
-        for index in torch.randperm(len(groups), generator=generator).tolist():
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        for index in shown(order, f"Weight matching, sweep {len(history)}", len(order)):
             group, inside = groups[index], nested[groups[index].name]
             for move in (_own_move, _joint_move) if inside else (_own_move,):
                 steps = move(ours, theirs, group, inside)
