@@ -1,0 +1,121 @@
+"""Checkpoints merged into one."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_rebasin.cli.checkpoints import write_checkpoint
+from lit_rebasin.cli.correction import Correction, correction
+from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.examples import Examples
+from lit_rebasin.cli.matching import Setting, Words, align_pair, check_files, check_pair_method, parse, prepare
+from lit_rebasin.cli.merge_many import merge_several
+from lit_rebasin.cli.path_report import (
+    console,
+    describe_alignment,
+    distance_row,
+    merge_rows,
+    path_rows,
+    print_files,
+    print_table,
+    write_path_figure,
+)
+from lit_rebasin.merging import LinearPath, PathLosses, diagonal_fisher, fisher_alpha, line_search, loss_barrier
+
+SEARCHES = ("line-search", "fisher")
+
+
+def run_merge(arguments: Sequence[str]) -> None:
+    """Bring checkpoints into one frame, merge them, and print what it has cost."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--alpha")
+    parser.add_argument("--statistics")
+    words = parse("merge", arguments, parser)
+    options = words.options
+    if len(options.checkpoints) < 2:
+        raise UsageError(f"merge takes two checkpoints or more, got {len(options.checkpoints)}")
+    if options.output is None:
+        raise UsageError("merge needs the file to write, such as --output merged.safetensors")
+    if len(options.checkpoints) == 2:
+        _merge_pair(words)
+    else:
+        merge_several(words)
+
+
+def _merge_pair(words: Words) -> None:
+    options = words.options
+    options.method = options.method or "weights"
+    check_pair_method(options)
+    fixed = _alpha(options.alpha)
+    check_files(options)
+    setting = prepare("merge", words)
+    corrected = correction(options.statistics, setting)
+    _check_search(fixed, setting.examples)
+    alignment, moved = align_pair(setting, words, fixed if isinstance(fixed, float) else 0.5)
+    model, reference = setting.networks
+    naive, path = LinearPath(reference, model), LinearPath(reference, moved)
+    losses = _measured(setting, naive, path, corrected, options.points)
+    alpha = _chosen(fixed, path, losses, setting, options.seed)
+    merged, change = path.module_at(alpha), corrected.along(path)
+    if change is not None and 0 < alpha < 1:
+        change(merged, alpha)
+    rows = [distance_row(model, moved, reference)]
+    if losses is not None and setting.examples is not None:
+        rows += path_rows(*losses) + merge_rows(setting.examples, naive.module_at(alpha), merged)
+    write_checkpoint(Path(options.output), setting.as_written(merged, 1))
+    print_files(setting)
+    console().print(describe_alignment(alignment))
+    console().print(f"alpha, the weight of B: {alpha:.4g}{f', by {fixed}' if isinstance(fixed, str) else ''}")
+    console().print(f"statistics: {corrected.name if 0 < alpha < 1 else 'none, for the merge is A or B'}")
+    print_table("merge of A and B", ("as they are", "aligned"), rows)
+    console().print(f"The merge: {options.output}")
+    if losses is not None:
+        label = "aligned" if corrected.name == "none" else f"aligned, {corrected.name}"
+        write_path_figure(options.picture, {"as they are": losses[0], label: losses[1]}, alpha)
+        console().print(f"The path: {options.picture}")
+
+
+def _alpha(text: str | None) -> float | str:
+    """Return alpha as a number, or the name of a search for it."""
+    if text in SEARCHES:
+        return text
+    try:
+        alpha = float(text) if text is not None else 0.5
+    except ValueError:
+        alpha = float("nan")
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"--alpha must be a number in [0, 1], {' or '.join(SEARCHES)}, got {text}")
+    return alpha
+
+
+def _check_search(alpha: float | str, examples: Examples | None) -> None:
+    if alpha == "line-search" and (examples is None or not examples.labelled):
+        raise UsageError("--alpha line-search needs data: give --data FILE.npz with the arrays x and y")
+    if alpha == "fisher" and examples is None:
+        raise UsageError("--alpha fisher needs data: give --data FILE.npz with the array x")
+
+
+def _measured(
+    setting: Setting, naive: LinearPath, path: LinearPath, corrected: Correction, points: int
+) -> tuple[PathLosses, PathLosses] | None:
+    """Return the losses along the path as it is, and along that which the merge is taken from."""
+    if setting.labelled is None:
+        return None
+    before = loss_barrier(naive, setting.labelled, points)
+    return before, loss_barrier(path, setting.labelled, points, statistics=corrected.along(path))
+
+
+def _chosen(
+    alpha: float | str,
+    path: LinearPath,
+    losses: tuple[PathLosses, PathLosses] | None,
+    setting: Setting,
+    seed: int,
+) -> float:
+    """Return alpha: the number, the lowest point of the path, or that of both Fisher informations."""
+    if isinstance(alpha, float):
+        return alpha
+    if alpha == "line-search" and losses is not None:
+        return line_search(losses[1])
+    reference = diagonal_fisher(setting.networks[1], setting.inputs, seed=seed)
+    return fisher_alpha(path, reference, diagonal_fisher(path.network, setting.inputs, seed=seed))

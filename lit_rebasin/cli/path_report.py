@@ -1,0 +1,140 @@
+"""What an alignment or a merge has brought: a table, and the path as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lit_rebasin.alignment import Alignment, l2_cost
+from lit_rebasin.cli.examples import Examples, loss_and_accuracy
+from lit_rebasin.cli.files import write_whole
+from lit_rebasin.cli.matching import Setting
+from lit_rebasin.merging import PathLosses
+from lit_rebasin.metrics.figures import COLORS, MARKERS
+
+Row = tuple[str, str, str]
+
+
+def console() -> Console:
+    """Return where results are printed; whole lines, for the terminal to wrap."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(title: str, headers: tuple[str, str], rows: Sequence[Row]) -> None:
+    """Print a row a quantity, before and after."""
+    table = Table("", title=title)
+    for header in headers:
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def print_files(setting: Setting) -> None:
+    """Print which checkpoint goes by which letter, and what is known of the symmetries."""
+    for index, file in enumerate(setting.files):
+        role = ", the reference" if len(setting.files) == 2 and index == 1 else ""
+        console().print(f"{letter(index)}: {file}{role}")
+    if setting.traced.unchecked is not None:
+        console().print(f"The symmetries were not checked: {setting.traced.unchecked}")
+
+
+def letter(index: int) -> str:
+    """Return the name of a checkpoint in a table: A, B, C, or a number after Z."""
+    return chr(ord("A") + index) if index < 26 else str(index + 1)
+
+
+def number(value: float) -> str:
+    """Return a number in four digits."""
+    return f"{value:.4g}"
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent."""
+    return f"{100 * share:.1f}"
+
+
+def describe_alignment(alignment: Alignment) -> str:
+    """Return what was found, in words."""
+    sizes = [len(permutation) for permutation in alignment.permutations.values()]
+    end = "" if alignment.converged else "; it did not come to its end within its steps"
+    return (
+        f"{alignment.method}: {alignment.moved} of {sum(sizes)} neurons in {len(sizes)} group{'s' * (len(sizes) != 1)} "
+        f"moved, in {alignment.seconds:.2f} s{end}."
+    )
+
+
+def distance_row(model: nn.Module, moved: nn.Module, reference: nn.Module) -> Row:
+    """Return the mean squared difference of the parameters, before and after."""
+    ours, ours_moved, theirs = (
+        {name: p.detach() for name, p in network.named_parameters()} for network in (model, moved, reference)
+    )
+    return (
+        "squared distance of weights",
+        number(float(l2_cost(ours, theirs))),
+        number(float(l2_cost(ours_moved, theirs))),
+    )
+
+
+def path_rows(before: PathLosses, after: PathLosses) -> list[Row]:
+    """Return the barriers of two paths, from B at their one end to A at the other, and what was measured at the ends."""
+    rows = [
+        ("loss barrier", number(before.barrier), number(after.barrier)),
+        ("loss area", number(before.area), number(after.area)),
+        ("loss of A", number(float(before.losses[0])), number(float(after.losses[0]))),
+        ("loss of B", number(float(before.losses[-1])), number(float(after.losses[-1]))),
+    ]
+    if before.accuracies is not None and after.accuracies is not None:
+        rows += [
+            ("accuracy barrier %", percent(before.accuracy_barrier), percent(after.accuracy_barrier)),
+            ("accuracy of A %", percent(float(before.accuracies[0])), percent(float(after.accuracies[0]))),
+            ("accuracy of B %", percent(float(before.accuracies[-1])), percent(float(after.accuracies[-1]))),
+        ]
+    return rows
+
+
+def merge_rows(examples: Examples, before: nn.Module, after: nn.Module) -> list[Row]:
+    """Return loss and accuracy of two merges."""
+    (loss, share), (corrected_loss, corrected_share) = (loss_and_accuracy(n, examples) for n in (before, after))
+    return [
+        ("loss of the merge", number(loss), number(corrected_loss)),
+        ("accuracy of the merge %", percent(share), percent(corrected_share)),
+    ]
+
+
+def write_path_figure(file: str, curves: Mapping[str, PathLosses], merged_at: float | None = None) -> None:
+    """Draw loss and accuracy along paths from A to B.
+
+    Args:
+        file: Where the picture goes; its suffix is the format.
+        curves: Paths by what is said of them.
+        merged_at: The alpha of a merge, which is marked.
+    """
+    losses = {label: (path.alphas, path.losses) for label, path in curves.items()}
+    shares = {label: (path.alphas, path.accuracies) for label, path in curves.items() if path.accuracies is not None}
+    figure = Figure(figsize=(8.4, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, losses, merged_at)
+    left.set(ylabel="loss")
+    _draw(right, shares, merged_at)
+    right.set(ylabel="accuracy")
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    path = Path(file)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=150))
+
+
+def _draw(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]], merged_at: float | None) -> None:
+    for index, (label, (alphas, values)) in enumerate(curves.items()):
+        axes.plot(
+            alphas.numpy(), values.numpy(), color=COLORS[1 - index], marker=MARKERS[index], markersize=3, label=label
+        )
+    if merged_at is not None:
+        axes.axvline(merged_at, color="0.5", linewidth=1, linestyle=":", label=f"merged at {merged_at:.2f}")
+    axes.set(xlabel="alpha, the weight of B (A at 0, B at 1)")
+    axes.spines[["top", "right"]].set_visible(False)
