@@ -18,13 +18,13 @@ from lit_rebasin.cli.checkpoints import SUFFIXES, load_weights, read_checkpoint
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.examples import Examples, check_labels, read_examples
 from lit_rebasin.cli.files import check_target
-from lit_rebasin.cli.network import Example, Traced, build, example_input, imported, trace
+from lit_rebasin.cli.network import Example, Traced, build, example_input, imported, runs, trace
 from lit_rebasin.symmetry import permute
 
 PICTURES = (".png", ".svg", ".pdf")
 
-# Of the methods' own arguments, those that have an option of another name or are no word.
-_NOT_WORDS = {"method", "init", "seed", "evaluate", "residual"}
+# Of the methods' own arguments, those that have an option of another name, are no word, or belong to one that is none.
+_NOT_WORDS = {"method", "init", "seed", "evaluate", "schedule"}
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ def check_files(options: argparse.Namespace) -> None:
         check_target("--output", options.output, SUFFIXES, options.overwrite)
     if options.figure is not None and options.data is None:
         raise UsageError("--figure draws the loss along the path, which needs --data FILE.npz with x and y")
+    if options.figure is not None:
+        check_target("--figure", options.figure, PICTURES, options.overwrite)
     options.picture = options.figure or str(Path(options.output or "path").with_suffix(".png"))
-    if options.data is not None:
-        check_target("--figure", options.picture, PICTURES, options.overwrite)
 
 
 def prepare(command: str, words: Words) -> Setting:
@@ -155,8 +155,12 @@ def prepare(command: str, words: Words) -> Setting:
     examples = read_examples(options.data, options.batch_size, dtype, options.seed) if options.data else None
     if options.figure is not None and examples is not None and not examples.labelled:
         raise UsageError(f"--figure draws the loss along the path, which needs the labels y in {examples.file}")
+    if examples is not None and examples.labelled and len(networks) == 2:
+        check_target("--figure", options.picture, PICTURES, options.overwrite)
     example = _example(command, options.input, examples, dtype)
     traced = trace(options.model, networks[-1], example)
+    if examples is not None and not runs(networks[-1], _of(examples)):
+        raise UsageError(f"{options.model} does not run on {_of(examples).origin}")
     if examples is not None and examples.labelled:
         check_labels(networks[-1], options.model, examples)
     dtypes = [{name: value.dtype for name, value in one.items() if isinstance(value, Tensor)} for one in held]
@@ -185,7 +189,13 @@ def _example(command: str, texts: Sequence[str], examples: Examples | None, dtyp
         raise UsageError(
             f"{command} needs the shape of an example input, such as --input 1,3,224,224, or --data FILE.npz"
         )
-    return Example((examples.batches[0][0][:2],), {}, f"x of {examples.file}")
+    return _of(examples)
+
+
+def _of(examples: Examples) -> Example:
+    """Return two examples of the data, which is enough to tell what can be longer."""
+    inputs = examples.batches[0][0]
+    return Example((inputs[:2],), {}, f"x of {examples.file}, here {tuple(inputs.shape)} of {inputs.dtype}")
 
 
 def check_method(options: argparse.Namespace, known: Collection[str]) -> None:
@@ -194,8 +204,10 @@ def check_method(options: argparse.Namespace, known: Collection[str]) -> None:
         raise UsageError(f"--method must be one of {', '.join(known)}, got {options.method}")
 
 
-def check_pair_method(options: argparse.Namespace) -> None:
-    """Raise a `UsageError` for a method, a start or a cost that is unknown, or has no use."""
+def pair_options(words: Words) -> dict[str, Any]:
+    """Return the method's arguments; a `UsageError` for a method, start, cost or argument that is unknown, useless or lacks data."""
+    options = words.options
+    options.method = options.method or "weights"
     check_method(options, METHODS)
     costs = [*DISTANCES, *LOSS_COSTS]
     if options.init is not None and options.init not in METHODS:
@@ -204,6 +216,8 @@ def check_pair_method(options: argparse.Namespace) -> None:
         raise UsageError(f"--cost must be one of {', '.join(costs)}, got {options.cost}")
     if options.cost is not None and METHODS[options.method][1] != "labels":
         raise UsageError(f"--cost is for sinkhorn and straight-through; {options.method} has one of its own")
+    _check_data(options, labelled=options.data is not None)
+    return method_options(METHODS[options.method][0], options.method, words.method)
 
 
 def method_options(function: Callable[..., Any] | None, name: str, words: Sequence[str]) -> dict[str, Any]:
@@ -216,7 +230,11 @@ def method_options(function: Callable[..., Any] | None, name: str, words: Sequen
     known: list[str] = []
     if function is not None:
         parameters = inspect.signature(function).parameters.values()
-        skip = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY or p.name in _NOT_WORDS}
+        skip = {
+            p.name
+            for p in parameters
+            if p.kind is not p.KEYWORD_ONLY or p.name in _NOT_WORDS or p.name.startswith("residual")
+        }
         known = parser.add_function_arguments(function, "options", skip=set(skip), fail_untyped=False)
     for word in words:
         if word.startswith("--") and word.removeprefix("--").partition("=")[0] not in known:
@@ -229,20 +247,25 @@ def method_options(function: Callable[..., Any] | None, name: str, words: Sequen
     return vars(given.get("options", Namespace()))
 
 
-def align_pair(setting: Setting, words: Words, alpha: float = 0.5) -> tuple[Alignment, nn.Module]:
-    """Return how the first network is carried towards the second, and the first one moved."""
-    options = words.options
-    function, needs, _ = METHODS[options.method]
-    chosen = method_options(function, options.method, words.method)
-    examples = setting.examples
-    _check_data(options, needs, examples)
+def align_pair(
+    setting: Setting, options: argparse.Namespace, chosen: dict[str, Any], alpha: float = 0.5
+) -> tuple[Alignment, nn.Module]:
+    """Return how the first network is carried towards the second, and the first one moved.
+
+    Args:
+        setting: The two networks.
+        options: Of the command line.
+        chosen: What `pair_options` returned.
+        alpha: Weight of the reference in the incremental cost.
+    """
+    _check_data(options, labelled=setting.labelled is not None)
     model, reference = setting.networks
     alignment = align(
         model,
         reference,
         method=options.method,
         spec=setting.traced.spec,
-        data=examples.batches if examples else None,
+        data=setting.examples.batches if setting.examples else None,
         cost=options.cost,
         init=options.init,
         alpha=alpha,
@@ -252,14 +275,15 @@ def align_pair(setting: Setting, words: Words, alpha: float = 0.5) -> tuple[Alig
     return alignment, permute(model, setting.traced.spec, alignment.permutations)
 
 
-def _check_data(options: argparse.Namespace, needs: str, examples: Examples | None) -> None:
+def _check_data(options: argparse.Namespace, labelled: bool) -> None:
+    """Raise a `UsageError` if the method, or its start, needs data that there is not."""
+    needs = METHODS[options.method][1]
     starts = METHODS[options.init][1] if options.init else ""
     for option, method, kind in (("method", options.method, needs), ("init", options.init, starts)):
-        if kind == "inputs" and examples is None:
+        if kind == "inputs" and options.data is None:
             raise UsageError(f"{option} {method} needs data: give --data FILE.npz with the array x")
-    if needs == "labels":
-        cost = options.cost or ("midpoint" if examples else "l2")
-        if cost in LOSS_COSTS and (examples is None or not examples.labelled):
-            raise UsageError(
-                f"the {cost} cost of {options.method} needs labels: give --data FILE.npz with the arrays x and y, or --cost l2"
-            )
+    cost = options.cost or ("midpoint" if options.data else "l2")
+    if needs == "labels" and cost in LOSS_COSTS and not labelled:
+        raise UsageError(
+            f"the {cost} cost of {options.method} needs labels: give --data FILE.npz with the arrays x and y, or --cost l2"
+        )

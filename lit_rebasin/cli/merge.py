@@ -8,7 +8,7 @@ from lit_rebasin.cli.checkpoints import write_checkpoint
 from lit_rebasin.cli.correction import Correction, correction
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.examples import Examples
-from lit_rebasin.cli.matching import Setting, Words, align_pair, check_files, check_pair_method, parse, prepare
+from lit_rebasin.cli.matching import Setting, Words, align_pair, check_files, pair_options, parse, prepare
 from lit_rebasin.cli.merge_many import merge_several
 from lit_rebasin.cli.path_report import (
     console,
@@ -44,14 +44,13 @@ def run_merge(arguments: Sequence[str]) -> None:
 
 def _merge_pair(words: Words) -> None:
     options = words.options
-    options.method = options.method or "weights"
-    check_pair_method(options)
+    chosen = pair_options(words)
     fixed = _alpha(options.alpha)
     check_files(options)
     setting = prepare("merge", words)
     corrected = correction(options.statistics, setting)
     _check_search(fixed, setting.examples)
-    alignment, moved = align_pair(setting, words, fixed if isinstance(fixed, float) else 0.5)
+    alignment, moved = align_pair(setting, options, chosen, fixed if isinstance(fixed, float) else 0.5)
     model, reference = setting.networks
     naive, path = LinearPath(reference, model), LinearPath(reference, moved)
     losses = _measured(setting, naive, path, corrected, options.points)
@@ -63,15 +62,16 @@ def _merge_pair(words: Words) -> None:
     if losses is not None and setting.examples is not None:
         rows += path_rows(*losses) + merge_rows(setting.examples, naive.module_at(alpha), merged)
     write_checkpoint(Path(options.output), setting.as_written(merged, 1))
-    print_files(setting)
+    if losses is not None:
+        label = "aligned" if corrected.name == "none" else f"aligned, {corrected.name}"
+        write_path_figure(options.picture, {"as they are": losses[0], label: losses[1]}, alpha)
+    print_files(setting)  # after all is written, for a reader such as head may end the process here
     console().print(describe_alignment(alignment))
     console().print(f"alpha, the weight of B: {alpha:.4g}{f', by {fixed}' if isinstance(fixed, str) else ''}")
     console().print(f"statistics: {corrected.name if 0 < alpha < 1 else 'none, for the merge is A or B'}")
     print_table("merge of A and B", ("as they are", "aligned"), rows)
     console().print(f"The merge: {options.output}")
     if losses is not None:
-        label = "aligned" if corrected.name == "none" else f"aligned, {corrected.name}"
-        write_path_figure(options.picture, {"as they are": losses[0], label: losses[1]}, alpha)
         console().print(f"The path: {options.picture}")
 
 

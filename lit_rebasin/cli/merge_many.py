@@ -26,10 +26,10 @@ def merge_several(words: Words) -> None:
     for name in ("alpha", "cost", "init", "figure"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name} is for two checkpoints, got {len(options.checkpoints)}")
+    chosen = method_options(merge_many, options.method, words.method)
     check_target("--output", options.output, SUFFIXES, options.overwrite)
     setting = prepare("merge", words)
     corrected = correction(options.statistics, setting)
-    chosen = method_options(merge_many, options.method, words.method)
     found = merge_many(setting.networks, setting.traced.spec, method=options.method, seed=options.seed, **chosen)
     merged = copy.deepcopy(setting.networks[0])
     write_weights(merged, found.weights)

@@ -178,13 +178,13 @@ def _explained(path: str, model: nn.Module, example: Example) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _runs(model, example):
+        if runs(model, example):
             raise
         why = str(error).removesuffix(_FROM_AXES).removesuffix(".")
         raise ValueError(f"{why}. {path} does not run on this input: check {example.origin}") from None
 
 
-def _runs(model: nn.Module, example: Example) -> bool:
+def runs(model: nn.Module, example: Example) -> bool:
     """Return whether a network takes these inputs at all."""
     try:
         with torch.no_grad():

@@ -64,3 +64,18 @@ def save_examples(file, labels=True, n=90):
     arrays = {"x": draws.normal(size=(n, 6)), "y": draws.integers(0, 3, n)}
     np.savez(file, **arrays if labels else {"x": arrays["x"]})
     return str(file)
+
+
+def examples(file):
+    arrays = np.load(file)
+    return torch.tensor(arrays["x"]).float(), torch.tensor(arrays["y"])
+
+
+def loaded(file):
+    return safetensors.torch.load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def table(shown):
+    """Return the cells of a printed table by the first of each row."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if line[:1] == "│"]
+    return {name: cells for name, *cells in rows}

@@ -1,37 +1,16 @@
 import re
+import subprocess
 import sys
 
-import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
+from lit_rebasin import align, permutation_spec, permute
 from lit_rebasin.cli import main
+from lit_rebasin.cli.examples import read_examples
 from lit_rebasin.merging import LinearPath, loss_barrier
 
-from .networks import CODE, MODEL, SHAPE, drawn, save, save_examples, shuffled
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "aligned_by_test.py").write_text(CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "120")
-    yield tmp_path
-    sys.modules.pop("aligned_by_test", None)
-
-
-def loaded(file):
-    if file.suffix == ".safetensors":
-        return safetensors.torch.load_file(file)
-    return torch.load(file, weights_only=True)
-
-
-def table(shown):
-    """Return the cells of a printed table by the first of each row."""
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if line[:1] == "│"]
-    return {name: cells for name, *cells in rows}
+from .networks import MODEL, SHAPE, drawn, examples, loaded, save, save_examples, shuffled, table
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".ckpt"])
@@ -48,11 +27,6 @@ def test_a_planted_permutation_is_found_in_every_format(folder, suffix, capsys):
     assert float(before) > 0.001
     assert float(after) == 0
     assert re.search(r"weights: \d+ of 24 neurons in 2 groups moved", shown)
-
-
-def examples(file):
-    arrays = np.load(file)
-    return torch.tensor(arrays["x"]).float(), torch.tensor(arrays["y"])
 
 
 def test_with_labels_the_barrier_is_printed_and_the_path_drawn(folder, capsys):
@@ -72,3 +46,104 @@ def test_with_labels_the_barrier_is_printed_and_the_path_drawn(folder, capsys):
     assert float(rows["loss of A"][0]) == pytest.approx(float(naive.losses[0]), rel=1e-3)
     assert rows["loss of A"][0] == rows["loss of A"][1] == rows["loss of B"][0]
     assert (folder / "path.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_lightning_module_saved_makes_the_network(folder, capsys):
+    """All of the saved arguments are the network's own, so they are taken; a word of the command line wins."""
+    for name, seed in (("a", 0), ("b", 1)):
+        state = drawn(seed, width=7).state_dict()
+        saved = {"width": 7, "norm": False, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        torch.save({"state_dict": state, "hyper_parameters": saved}, f"{name}.ckpt")
+    assert main(["align", "a.ckpt", "b.ckpt", *MODEL, *SHAPE]) == 0
+    assert "of 14 neurons" in capsys.readouterr().out
+    assert main(["align", "a.ckpt", "b.ckpt", *MODEL, *SHAPE, "--model.width", "8"]) == 2
+    assert "'0.weight' has shape (7, 6) in the file and (8, 6) in the network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_types_of_the_file_are_kept(folder, dtype, capsys):
+    state = {name: tensor.to(dtype) for name, tensor in drawn(0).state_dict().items()}
+    network = drawn(0).to(dtype)
+    a, b = save(shuffled(network), folder / "a.pt"), save(state, folder / "b.pt")
+    assert main(["align", a, b, *MODEL, *SHAPE, "--output", "out.safetensors"]) == 0
+    found = loaded(folder / "out.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("weights", {"options.restarts": 2}),
+        ("frank-wolfe", {"options.max_steps": 50}),
+        ("covariance", {"options.power": 0.5}),
+        ("activations", {"options.similarity": "cosine"}),
+        ("sinkhorn", {"cost": "l2", "init": "identity", "options.steps": 10}),
+        ("straight-through", {"init": "activations", "options.steps": 2}),
+        ("identity", {}),
+    ],
+)
+def test_the_command_finds_what_the_function_finds(folder, method, options, capsys):
+    """The output is A, moved by the permutations of `align` on the same batches."""
+    model, reference = drawn(2), drawn(3)
+    a, b = save(model.state_dict(), folder / "a.pt"), save(reference.state_dict(), folder / "b.pt")
+    data = save_examples(folder / "d.npz")
+    words = ["--data", data, "--seed", "5", "--output", "o.pt", "--method", method]
+    words += [f"--{name}={value}" for name, value in options.items()]
+    assert main(["align", a, b, *MODEL, *words]) == 0
+    given = {name.removeprefix("options."): value for name, value in options.items()}
+    spec = permutation_spec(reference, torch.randn(2, 6))
+    batches = read_examples(data, 500, torch.float32, 5).batches
+    expected = align(model, reference, method=method, spec=spec, data=batches, seed=5, **given)
+    moved = permute(model, spec, expected.permutations).state_dict()
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in loaded(folder / "o.pt").items())
+    assert f"{method}: {expected.moved} of 24 neurons" in capsys.readouterr().out
+
+
+def test_inputs_without_labels_serve_methods_but_measure_no_barrier(folder, capsys):
+    a, b = save(drawn(0).state_dict(), folder / "a.pt"), save(drawn(1).state_dict(), folder / "b.pt")
+    data = save_examples(folder / "d.npz", labels=False)
+    assert main(["align", a, b, *MODEL, "--data", data, "--method", "covariance"]) == 0
+    assert "loss barrier" not in capsys.readouterr().out
+    assert not (folder / "path.png").exists()
+
+
+def test_options_may_stand_anywhere(folder):
+    a, b = save(drawn(0).state_dict(), folder / "a.pt"), save(drawn(1).state_dict(), folder / "b.pt")
+    words = ["--model.width", "12", a, "--input=2,6", "--options.restarts", "1", b, "--output", "o.pt", *MODEL]
+    assert main(["align", *words]) == 0
+    assert (folder / "o.pt").exists()
+
+
+def test_a_network_with_batch_norm_moves_its_statistics(folder):
+    reference = drawn(0, norm=True)
+    a, b = save(shuffled(reference), folder / "a.pt"), save(reference.state_dict(), folder / "b.pt")
+    assert main(["align", a, b, *MODEL, "--model.norm", "true", *SHAPE, "--output", "o.pt"]) == 0
+    found = loaded(folder / "o.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_only_the_arguments_of_the_network_are_listed_on_request(folder, capsys):
+    assert main(["align", *MODEL, "--help_all"]) == 0
+    assert "--model.width" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["align", "merge"])
+def test_help_is_light_and_names_only_keys_that_exist(folder, command, capsys):
+    check = (
+        f"import sys; from lit_rebasin.cli import main; main(['{command}', '--help']); print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+    assert shown.strip().endswith("False")
+    keys = set(re.findall(r"^ --([\w.]+)", shown, re.MULTILINE)) - {"help_all", "model", "model.NAME", "options.NAME"}
+    assert {"method", "seed", "figure"} < keys
+    for key in keys - {"overwrite"}:
+        assert main([command, *MODEL, f"--{key}"]) == 2
+        assert f"--{key}: expected one argument" in capsys.readouterr().err
+
+
+def test_aligning_loads_neither_lightning_nor_avalanche(folder):
+    a, b = save(drawn(0).state_dict(), folder / "a.pt"), save(drawn(1).state_dict(), folder / "b.pt")
+    words = ["align", a, b, *MODEL, *SHAPE]
+    check = f"import sys; from lit_rebasin.cli import main; main({words}); print({{'lightning', 'avalanche'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("set()")
