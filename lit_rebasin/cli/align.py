@@ -11,13 +11,14 @@ from lit_rebasin.cli.path_report import (
     console,
     describe_alignment,
     distance_row,
+    measured,
     number,
     path_rows,
     print_files,
     print_table,
     write_path_figure,
 )
-from lit_rebasin.merging import LinearPath, has_batch_norm, loss_barrier
+from lit_rebasin.merging import LinearPath, has_batch_norm
 
 
 def run_align(arguments: Sequence[str]) -> None:
@@ -40,8 +41,8 @@ def run_align(arguments: Sequence[str]) -> None:
         write_checkpoint(Path(options.output), setting.as_written(moved, 0))
         written.append(f"Aligned A: {options.output}")
     if setting.labelled is not None:
-        before = loss_barrier(LinearPath(reference, model), setting.labelled, options.points)
-        after = loss_barrier(LinearPath(reference, moved), setting.labelled, options.points)
+        naive, path = LinearPath(reference, model), LinearPath(reference, moved)
+        before, after = measured(setting.labelled, options.points, naive, path)
         rows += path_rows(before, after)
         write_path_figure(options.picture, {"as they are": before, "aligned": after})
         written.append(f"The path: {options.picture}")

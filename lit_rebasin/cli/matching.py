@@ -19,6 +19,7 @@ from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.examples import Examples, check_labels, read_examples
 from lit_rebasin.cli.files import check_target
 from lit_rebasin.cli.network import Example, Traced, build, example_input, imported, runs, trace
+from lit_rebasin.cli.progress import working
 from lit_rebasin.symmetry import permute
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -158,7 +159,8 @@ def prepare(command: str, words: Words) -> Setting:
     if examples is not None and examples.labelled and len(networks) == 2:
         check_target("--figure", options.picture, PICTURES, options.overwrite)
     example = _example(command, options.input, examples, dtype)
-    traced = trace(options.model, networks[-1], example)
+    with working("tracing the network"):
+        traced = trace(options.model, networks[-1], example)
     if examples is not None and not runs(networks[-1], _of(examples)):
         raise UsageError(f"{options.model} does not run on {_of(examples).origin}")
     if examples is not None and examples.labelled:
@@ -260,18 +262,19 @@ def align_pair(
     """
     _check_data(options, labelled=setting.labelled is not None)
     model, reference = setting.networks
-    alignment = align(
-        model,
-        reference,
-        method=options.method,
-        spec=setting.traced.spec,
-        data=setting.examples.batches if setting.examples else None,
-        cost=options.cost,
-        init=options.init,
-        alpha=alpha,
-        seed=options.seed,
-        **chosen,
-    )
+    with working(f"aligning: {options.method}"):
+        alignment = align(
+            model,
+            reference,
+            method=options.method,
+            spec=setting.traced.spec,
+            data=setting.examples.batches if setting.examples else None,
+            cost=options.cost,
+            init=options.init,
+            alpha=alpha,
+            seed=options.seed,
+            **chosen,
+        )
     return alignment, permute(model, setting.traced.spec, alignment.permutations)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_rebasin.cli.checkpoints import write_checkpoint
-from lit_rebasin.cli.correction import Correction, correction
+from lit_rebasin.cli.correction import correction
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.examples import Examples
 from lit_rebasin.cli.matching import Setting, Words, align_pair, check_files, pair_options, parse, prepare
@@ -14,13 +14,15 @@ from lit_rebasin.cli.path_report import (
     console,
     describe_alignment,
     distance_row,
+    measured,
     merge_rows,
     path_rows,
     print_files,
     print_table,
     write_path_figure,
 )
-from lit_rebasin.merging import LinearPath, PathLosses, diagonal_fisher, fisher_alpha, line_search, loss_barrier
+from lit_rebasin.cli.progress import working
+from lit_rebasin.merging import LinearPath, PathLosses, diagonal_fisher, fisher_alpha, line_search
 
 SEARCHES = ("line-search", "fisher")
 
@@ -53,9 +55,12 @@ def _merge_pair(words: Words) -> None:
     alignment, moved = align_pair(setting, options, chosen, fixed if isinstance(fixed, float) else 0.5)
     model, reference = setting.networks
     naive, path = LinearPath(reference, model), LinearPath(reference, moved)
-    losses = _measured(setting, naive, path, corrected, options.points)
+    change = corrected.along(path)
+    losses = None
+    if setting.labelled is not None:
+        losses = measured(setting.labelled, options.points, naive, path, change)
     alpha = _chosen(fixed, path, losses, setting, options.seed)
-    merged, change = path.module_at(alpha), corrected.along(path)
+    merged = path.module_at(alpha)
     if change is not None and 0 < alpha < 1:
         change(merged, alpha)
     rows = [distance_row(model, moved, reference)]
@@ -95,16 +100,6 @@ def _check_search(alpha: float | str, examples: Examples | None) -> None:
         raise UsageError("--alpha fisher needs data: give --data FILE.npz with the array x")
 
 
-def _measured(
-    setting: Setting, naive: LinearPath, path: LinearPath, corrected: Correction, points: int
-) -> tuple[PathLosses, PathLosses] | None:
-    """Return the losses along the path as it is, and along that which the merge is taken from."""
-    if setting.labelled is None:
-        return None
-    before = loss_barrier(naive, setting.labelled, points)
-    return before, loss_barrier(path, setting.labelled, points, statistics=corrected.along(path))
-
-
 def _chosen(
     alpha: float | str,
     path: LinearPath,
@@ -117,5 +112,6 @@ def _chosen(
         return alpha
     if alpha == "line-search" and losses is not None:
         return line_search(losses[1])
-    reference = diagonal_fisher(setting.networks[1], setting.inputs, seed=seed)
-    return fisher_alpha(path, reference, diagonal_fisher(path.network, setting.inputs, seed=seed))
+    with working("Fisher information"):
+        reference = diagonal_fisher(setting.networks[1], setting.inputs, seed=seed)
+        return fisher_alpha(path, reference, diagonal_fisher(path.network, setting.inputs, seed=seed))

@@ -13,6 +13,7 @@ from lit_rebasin.cli.examples import loss_and_accuracy
 from lit_rebasin.cli.files import check_target
 from lit_rebasin.cli.matching import Setting, Words, check_method, method_options, prepare
 from lit_rebasin.cli.path_report import Row, console, letter, merge_rows, number, percent, print_files, print_table
+from lit_rebasin.cli.progress import working
 from lit_rebasin.merging import merge_many
 from lit_rebasin.merging.many import METHODS
 from lit_rebasin.merging.path import weights_of, write_weights
@@ -30,7 +31,8 @@ def merge_several(words: Words) -> None:
     check_target("--output", options.output, SUFFIXES, options.overwrite)
     setting = prepare("merge", words)
     corrected = correction(options.statistics, setting)
-    found = merge_many(setting.networks, setting.traced.spec, method=options.method, seed=options.seed, **chosen)
+    with working(f"merging: {options.method}"):
+        found = merge_many(setting.networks, setting.traced.spec, method=options.method, seed=options.seed, **chosen)
     merged = copy.deepcopy(setting.networks[0])
     write_weights(merged, found.weights)
     if corrected.name == "reestimate":

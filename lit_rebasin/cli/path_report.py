@@ -1,11 +1,11 @@
 """What an alignment or a merge has brought: a table, and the path as a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from lit_rebasin.alignment import Alignment, l2_cost
 from lit_rebasin.cli.examples import Examples, loss_and_accuracy
 from lit_rebasin.cli.files import write_whole
 from lit_rebasin.cli.matching import Setting
-from lit_rebasin.merging import PathLosses
+from lit_rebasin.cli.progress import reading
+from lit_rebasin.merging import LinearPath, PathLosses, loss_barrier
 from lit_rebasin.metrics.figures import COLORS, MARKERS
 
 Row = tuple[str, str, str]
@@ -81,6 +82,19 @@ def distance_row(model: nn.Module, moved: nn.Module, reference: nn.Module) -> Ro
     )
 
 
+def measured(
+    batches: Iterable[Any],
+    points: int,
+    naive: LinearPath,
+    path: LinearPath,
+    statistics: Callable[[nn.Module, float], object] | None = None,
+) -> tuple[PathLosses, PathLosses]:
+    """Return the losses along the path between two networks as they are, and along the aligned one, corrected by the statistics."""
+    with reading("measuring the path", batches, 2 * points) as watched:
+        before = loss_barrier(naive, watched, points)
+        return before, loss_barrier(path, watched, points, statistics=statistics)
+
+
 def path_rows(before: PathLosses, after: PathLosses) -> list[Row]:
     """Return the barriers of two paths, from B at their one end to A at the other, and what was measured at the ends."""
     rows = [
@@ -116,14 +130,15 @@ def write_path_figure(file: str, curves: Mapping[str, PathLosses], merged_at: fl
         merged_at: The alpha of a merge, which is marked.
     """
     losses = {label: (path.alphas, path.losses) for label, path in curves.items()}
-    shares = {label: (path.alphas, path.accuracies) for label, path in curves.items() if path.accuracies is not None}
+    shares = {
+        label: (path.alphas, 100 * path.accuracies) for label, path in curves.items() if path.accuracies is not None
+    }
     figure = Figure(figsize=(8.4, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw(left, losses, merged_at)
     left.set(ylabel="loss")
     _draw(right, shares, merged_at)
-    right.set(ylabel="accuracy")
-    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.set(ylabel="accuracy %")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     path = Path(file)
     write_whole(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=150))

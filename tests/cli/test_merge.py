@@ -35,6 +35,12 @@ def batches(folder, seed=0):
     return read_examples(str(folder / "d.npz"), 500, torch.float32, seed).batches
 
 
+def loss_of(network, file):
+    inputs, labels = examples(file)
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(network(inputs), labels))
+
+
 def equal(found, network):
     """Whether weights load into the architecture and are those of a network, up to rounding."""
     twin = copy.deepcopy(network)
@@ -99,8 +105,7 @@ def test_statistics_fit_the_network_and_the_data_unless_told(folder, norm, data,
     shown = capsys.readouterr().out
     assert f"statistics: {used}\n" in shown
     if data:
-        (inputs, labels) = examples(folder / "d.npz")
-        loss = float(nn.functional.cross_entropy(expected(inputs).detach(), labels))
+        loss = loss_of(expected, folder / "d.npz")
         assert float(table(shown)["loss of the merge"][1]) == pytest.approx(loss, rel=1e-3)
 
 
@@ -147,8 +152,7 @@ def test_merging_with_its_own_shuffled_copy_is_harmless(folder, capsys):
     assert main(["merge", a, b, *MODEL, "--data", data, "--output", "m.pt"]) == 0
     assert equal(loaded(folder / "m.pt"), reference)
     loss, merged = table(capsys.readouterr().out)["loss of the merge"]
-    inputs, labels = examples(folder / "d.npz")
-    assert float(merged) == pytest.approx(float(nn.functional.cross_entropy(reference(inputs), labels)), rel=1e-3)
+    assert float(merged) == pytest.approx(loss_of(reference, data), rel=1e-3)
     assert float(loss) != pytest.approx(float(merged), rel=1e-2)
     assert (folder / "m.png").read_bytes().startswith(b"\x89PNG")
 
@@ -166,14 +170,11 @@ def test_three_checkpoints_meet_in_the_frame_of_the_first(folder, method, capsys
     assert found.keys() == expected.weights.keys()
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.items())
     rows = table(capsys.readouterr().out)
-    inputs, labels = examples(folder / "d.npz")
     for name, network in zip("ABC", networks, strict=True):
-        loss = float(nn.functional.cross_entropy(network(inputs), labels))
-        assert float(rows[f"loss of {name}"][0]) == pytest.approx(loss, rel=1e-3)
+        assert float(rows[f"loss of {name}"][0]) == pytest.approx(loss_of(network, data), rel=1e-3)
     average = drawn(0)
     average.load_state_dict({name: sum(n.state_dict()[name] for n in networks) / 3 for name in average.state_dict()})
-    loss = float(nn.functional.cross_entropy(average(inputs), labels))
-    assert float(rows["loss of the merge"][0]) == pytest.approx(loss, rel=1e-3)
+    assert float(rows["loss of the merge"][0]) == pytest.approx(loss_of(average, data), rel=1e-3)
     spread = [expected.history[0], min(expected.history)]
     assert [float(cell) for cell in rows["spread of the weights"]] == pytest.approx(spread, rel=1e-3)
 
