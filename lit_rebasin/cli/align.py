@@ -34,7 +34,7 @@ def run_align(arguments: Sequence[str]) -> None:
     model, reference = setting.networks
     rows = [
         distance_row(model, moved, reference),
-        (f"cost of {alignment.method}", number(alignment.history[0]), number(alignment.cost)),
+        ("cost, at start and end", number(alignment.history[0]), number(alignment.cost)),
     ]
     written = []
     if options.output is not None:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from lit_rebasin.cli.checkpoints import write_checkpoint
 from lit_rebasin.cli.correction import correction
 from lit_rebasin.cli.errors import UsageError
@@ -113,5 +115,12 @@ def _chosen(
     if alpha == "line-search" and losses is not None:
         return line_search(losses[1])
     with working("Fisher information"):
-        reference = diagonal_fisher(setting.networks[1], setting.inputs, seed=seed)
-        return fisher_alpha(path, reference, diagonal_fisher(path.network, setting.inputs, seed=seed))
+        ends = (_fisher(network, setting, seed) for network in (setting.networks[1], path.network))
+        return fisher_alpha(path, *ends)
+
+
+def _fisher(network: nn.Module, setting: Setting, seed: int) -> dict[str, Tensor]:
+    try:
+        return diagonal_fisher(network, setting.inputs, seed=seed)
+    except TypeError as error:
+        raise UsageError(f"--alpha fisher cannot be had for {setting.path}: {error}") from None

@@ -14,7 +14,7 @@ from lit_rebasin.cli.files import check_target
 from lit_rebasin.cli.matching import Setting, Words, check_method, method_options, prepare
 from lit_rebasin.cli.path_report import Row, console, letter, merge_rows, number, percent, print_files, print_table
 from lit_rebasin.cli.progress import working
-from lit_rebasin.merging import merge_many
+from lit_rebasin.merging import has_batch_norm, merge_many
 from lit_rebasin.merging.many import METHODS
 from lit_rebasin.merging.path import weights_of, write_weights
 
@@ -47,6 +47,8 @@ def merge_several(words: Words) -> None:
         f"{found.method}: {len(found.permutations)} checkpoints in the frame of A, in {found.seconds:.2f} s{end}."
     )
     console().print(f"statistics: {corrected.name}")
+    if corrected.name == "none" and has_batch_norm(merged):
+        console().print("Those of BatchNorm are averages of the members'; with --data, they are estimated anew.")
     print_table("merge", ("as they are", "aligned"), rows)
     console().print(f"The merge: {options.output}")
 

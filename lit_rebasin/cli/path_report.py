@@ -76,7 +76,7 @@ def distance_row(model: nn.Module, moved: nn.Module, reference: nn.Module) -> Ro
         {name: p.detach() for name, p in network.named_parameters()} for network in (model, moved, reference)
     )
     return (
-        "squared distance of weights",
+        "mean squared distance",
         number(float(l2_cost(ours, theirs))),
         number(float(l2_cost(ours_moved, theirs))),
     )

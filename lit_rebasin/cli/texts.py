@@ -109,7 +109,8 @@ fixed and why, and the share of the parameters that can move.
  --model.NAME VALUE          an argument of that class or function
  --input SHAPE               shape of an example input, as in 1,3,224,224; several inputs: the option again; 1,16:int64 for another
                              type than float32 (integers are drawn from 0 and 1); NAME=1,16 for an input by name
- --checkpoint FILE           take the weights from this state dict or checkpoint, and the arguments that a LightningModule saved in it
+ --checkpoint FILE           take the weights from this state dict, Lightning checkpoint or .safetensors, and the arguments that a
+                             LightningModule saved in it
  --json                      print everything as JSON, the spec in the form that PermutationSpec.from_json reads
  --figure FILE               draw which group moves which axis, to a .png, .svg or .pdf file
  --help_all                  list the arguments of MODEL

@@ -17,7 +17,21 @@ def mlp(width=12, norm=False):
     return nn.Sequential(*first, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
 
 
-CODE = f"from torch import nn\n\n{inspect.getsource(mlp)}"
+CODE = f"""
+from torch import nn
+
+{inspect.getsource(mlp)}
+
+class Pair(nn.Sequential):
+    "Gives two outputs, which are no logits."
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def pair():
+    return Pair(*mlp())
+"""
 
 
 def drawn(seed, width=12, norm=False):

@@ -1,7 +1,9 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_a_planted_permutation_is_found_in_every_format(folder, suffix, capsys):
     found = loaded(out)
     assert list(found) == list(reference.state_dict()) or suffix == ".safetensors"
     assert all(torch.equal(found[name], tensor) for name, tensor in reference.state_dict().items())
-    before, after = table(shown)["squared distance of weights"]
+    before, after = table(shown)["mean squared distance"]
     assert float(before) > 0.001
     assert float(after) == 0
     assert re.search(r"weights: \d+ of 24 neurons in 2 groups moved", shown)
@@ -58,6 +60,39 @@ def test_what_a_lightning_module_saved_makes_the_network(folder, capsys):
     assert "of 14 neurons" in capsys.readouterr().out
     assert main(["align", "a.ckpt", "b.ckpt", *MODEL, *SHAPE, "--model.width", "8"]) == 2
     assert "'0.weight' has shape (7, 6) in the file and (8, 6) in the network" in capsys.readouterr().err
+
+
+LIT = """
+import lightning.pytorch as pl
+from aligned_by_test import mlp
+
+class Lit(pl.LightningModule):
+    def __init__(self, width: int, lr: float = 0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = mlp(width)
+
+    def forward(self, x):
+        return self.network(x)
+"""
+
+
+@pytest.mark.parametrize("words", [["--model", "lit_by_test.Lit"], [*MODEL, "--model.width", "7"]])
+def test_checkpoints_of_a_trainer_fit_the_module_and_the_network_in_it(folder, words, monkeypatch, capsys):
+    (folder / "lit_by_test.py").write_text(LIT)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "lit_by_test", raising=False)
+    reference = drawn(3, width=7)
+    for name, state in (("a", shuffled(reference)), ("b", reference.state_dict())):
+        module = import_module("lit_by_test").Lit(width=7)
+        module.network.load_state_dict(state)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(f"{name}.ckpt")
+    assert main(["align", "a.ckpt", "b.ckpt", *words, *SHAPE, "--output", "o.pt"]) == 0
+    found = {name.removeprefix("network."): tensor for name, tensor in loaded(folder / "o.pt").items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in reference.state_dict().items())
+    sys.modules.pop("lit_by_test")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -12,6 +12,7 @@ from .networks import MODEL, SHAPE, drawn, save, save_examples
 ALIGN = ["align", "a.pt", "b.pt", *MODEL, *SHAPE]
 MERGE = ["merge", "a.pt", "b.pt", *MODEL, *SHAPE, "--output", "m.pt"]
 THREE = ["merge", "a.pt", "b.pt", "a.pt", *MODEL, *SHAPE, "--output", "m.pt"]
+PAIR = ["merge", "a.pt", "b.pt", "--model", "aligned_by_test.pair", "--output", "m.pt", "--statistics", "none"]
 LABELS, INPUTS = ["--data", "d.npz"], ["--data", "x.npz"]
 
 
@@ -138,6 +139,12 @@ CASES = [
     ([*MERGE, "--alpha", "best"], 2, "--alpha must be a number .*, got best"),
     ([*MERGE, "--alpha", "line-search", *INPUTS], 2, "--alpha line-search needs data: give .* the arrays x and y"),
     ([*MERGE, "--alpha", "fisher"], 2, "--alpha fisher needs data: give .* the array x"),
+    (
+        [*PAIR, *INPUTS, "--alpha", "fisher"],
+        2,
+        "--alpha fisher cannot be had for aligned_by_test.pair: .* no tensor of",
+    ),
+    ([*PAIR, *LABELS], 2, "the output of aligned_by_test.pair is a tuple, which is not logits for y of d.npz"),
     ([*MERGE, "--statistics", "magic"], 2, "--statistics must be one of none, repair, rescale, reestimate, data-free"),
     ([*MERGE, "--statistics", "repair"], 2, "--statistics repair needs data"),
     ([*MERGE, "--statistics", "data-free"], 2, "--statistics data-free is for BatchNorm, and .*mlp has none"),
