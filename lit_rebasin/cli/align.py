@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_rebasin.cli.checkpoints import write_checkpoint
+from lit_rebasin.cli.command_line import check_files, pair_options, parse
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.matching import align_pair, check_files, pair_options, parse, prepare
+from lit_rebasin.cli.matching import align_pair, prepare
 from lit_rebasin.cli.path_report import (
     console,
     describe_alignment,

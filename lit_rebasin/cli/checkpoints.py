@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
     """
     about = f"checkpoint {checkpoint.file} does not hold the weights of {type(model).__name__}"
     own = model.state_dict()
-    prefix = _prefix(own, checkpoint, about)
-    weights = {
-        str(name).removeprefix(prefix): value
-        for name, value in checkpoint.weights.items()
-        if str(name).startswith(prefix)
-    }
+    twins = _twins(own)
+    prefix = _prefix(twins, checkpoint, about)
+    names = {str(name): value for name, value in checkpoint.weights.items()}
+    weights = {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
+    for name in own:
+        if name not in weights:
+            weights[name] = next(weights[twin] for twin in twins[name] if twin in weights)
     for name, tensor in own.items():
         if isinstance(tensor, Tensor) and getattr(weights[name], "shape", None) != tensor.shape:
             found = weights[name]
@@ -87,14 +88,27 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
     return weights
 
 
-def _prefix(own: Mapping[str, Any], checkpoint: Checkpoint, about: str) -> str:
+def _twins(own: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return, for every name, all names of the same tensor: of tied weights, a file may hold only one."""
+    places: dict[Any, list[str]] = {}
+    for name, value in own.items():
+        is_placed = isinstance(value, Tensor) and value.numel() > 0
+        places.setdefault((value.data_ptr(), value.shape) if is_placed else name, []).append(name)
+    return {name: names for names in places.values() for name in names}
+
+
+def _prefix(twins: Mapping[str, Sequence[str]], checkpoint: Checkpoint, about: str) -> str:
     """Return what stands before every name of the network in the file; what has another prefix belongs to other modules."""
     names = [str(name) for name in checkpoint.weights]
-    first = next(iter(own), "")
-    candidates = {name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")}
-    fitting = sorted(
-        prefix for prefix in candidates if {n for n in names if n.startswith(prefix)} == {prefix + n for n in own}
-    )
+    firsts = next(iter(twins.values()), [""])
+    candidates = {
+        name.removesuffix(first) for first in firsts for name in names if name == first or name.endswith(f".{first}")
+    }
+    fitting = []
+    for prefix in sorted(candidates):
+        held = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        if held <= twins.keys() and all(held.intersection(alike) for alike in twins.values()):
+            fitting.append(prefix)
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -103,8 +117,8 @@ def _prefix(own: Mapping[str, Any], checkpoint: Checkpoint, about: str) -> str:
             "save the state dict of one of them"
         )
     prefix = min(candidates, key=len, default="")
-    missing = next((name for name in own if prefix + name not in names), None)
-    unexpected = next((n for n in names if n.startswith(prefix) and n.removeprefix(prefix) not in own), None)
+    missing = next((name for name, alike in twins.items() if not {prefix + twin for twin in alike} & set(names)), None)
+    unexpected = next((n for n in names if n.startswith(prefix) and n.removeprefix(prefix) not in twins), None)
     parts = [
         f"lacks {prefix + missing!r}" if missing else "",
         f"has {unexpected!r}, which the network lacks" if unexpected else "",

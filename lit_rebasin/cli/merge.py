@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lit_rebasin.cli.checkpoints import write_checkpoint
+from lit_rebasin.cli.command_line import Words, check_files, pair_options, parse
 from lit_rebasin.cli.correction import correction
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.examples import Examples
-from lit_rebasin.cli.matching import Setting, Words, align_pair, check_files, pair_options, parse, prepare
+from lit_rebasin.cli.matching import Setting, align_pair, prepare
 from lit_rebasin.cli.merge_many import merge_several
 from lit_rebasin.cli.path_report import (
     console,

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_rebasin.cli.checkpoints import SUFFIXES, write_checkpoint
+from lit_rebasin.cli.command_line import Words, check_method, method_options
 from lit_rebasin.cli.correction import correction
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.examples import loss_and_accuracy
 from lit_rebasin.cli.files import check_target
-from lit_rebasin.cli.matching import Setting, Words, check_method, method_options, prepare
+from lit_rebasin.cli.matching import Setting, prepare
 from lit_rebasin.cli.path_report import Row, console, letter, merge_rows, number, percent, print_files, print_table
 from lit_rebasin.cli.progress import working
 from lit_rebasin.merging import has_batch_norm, merge_many

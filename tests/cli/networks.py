@@ -17,10 +17,18 @@ def mlp(width=12, norm=False):
     return nn.Sequential(*first, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
 
 
+def tied():
+    """Return a network in which one layer runs twice, under two names."""
+    middle = nn.Linear(12, 12)
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), middle, nn.ReLU(), middle, nn.ReLU(), nn.Linear(12, 3))
+
+
 CODE = f"""
 from torch import nn
 
 {inspect.getsource(mlp)}
+
+{inspect.getsource(tied)}
 
 class Pair(nn.Sequential):
     "Gives two outputs, which are no logits."

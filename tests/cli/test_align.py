@@ -12,7 +12,7 @@ from lit_rebasin.cli import main
 from lit_rebasin.cli.examples import read_examples
 from lit_rebasin.merging import LinearPath, loss_barrier
 
-from .networks import MODEL, SHAPE, drawn, examples, loaded, save, save_examples, shuffled, table
+from .networks import MODEL, SHAPE, drawn, examples, loaded, save, save_examples, shuffled, table, tied
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".ckpt"])
@@ -155,6 +155,18 @@ def test_a_network_with_batch_norm_moves_its_statistics(folder):
     assert main(["align", a, b, *MODEL, "--model.norm", "true", *SHAPE, "--output", "o.pt"]) == 0
     found = loaded(folder / "o.pt")
     assert all(torch.equal(found[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+@pytest.mark.parametrize("left_out", ["2", "4"])
+def test_tied_weights_may_be_in_a_file_once_and_are_written_under_both_names(folder, left_out):
+    network = tied()
+    state = {name: t.clone() for name, t in network.state_dict().items() if not name.startswith(left_out)}
+    a, b = save(network.state_dict(), folder / "a.pt"), save(state, folder / "b.safetensors")
+    words = ["--model", "aligned_by_test.tied", *SHAPE, "--output", "o.safetensors"]
+    assert main(["align", a, b, *words]) == 0
+    found = loaded(folder / "o.safetensors")
+    assert found.keys() == network.state_dict().keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in network.state_dict().items())
 
 
 def test_only_the_arguments_of_the_network_are_listed_on_request(folder, capsys):
