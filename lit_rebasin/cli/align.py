@@ -42,10 +42,10 @@ def run_align(arguments: Sequence[str]) -> None:
         write_checkpoint(Path(options.output), setting.as_written(moved, 0))
         written.append(f"Aligned A: {options.output}")
     if setting.labelled is not None:
-        naive, path = LinearPath(reference, model), LinearPath(reference, moved)
-        before, after = measured(setting.labelled, options.points, naive, path)
-        rows += path_rows(before, after)
-        write_path_figure(options.picture, {"as they are": before, "aligned": after})
+        paths = {"as they are": LinearPath(reference, model), "aligned": LinearPath(reference, moved)}
+        curves = measured(setting.labelled, options.points, {label: (path, None) for label, path in paths.items()})
+        rows += path_rows(curves.values())
+        write_path_figure(options.picture, curves)
         written.append(f"The path: {options.picture}")
         if has_batch_norm(model):
             written.append(

@@ -1,7 +1,7 @@
 """Checkpoints merged into one."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from lit_rebasin.cli.path_report import (
 from lit_rebasin.cli.progress import working
 from lit_rebasin.merging import LinearPath, PathLosses, diagonal_fisher, fisher_alpha, line_search
 
+Change = Callable[[nn.Module, float], object] | None
 SEARCHES = ("line-search", "fisher")
 
 
@@ -59,28 +60,34 @@ def _merge_pair(words: Words) -> None:
     model, reference = setting.networks
     naive, path = LinearPath(reference, model), LinearPath(reference, moved)
     change = corrected.along(path)
-    losses = None
-    if setting.labelled is not None:
-        losses = measured(setting.labelled, options.points, naive, path, change)
-    alpha = _chosen(fixed, path, losses, setting, options.seed)
-    merged = path.module_at(alpha)
-    if change is not None and 0 < alpha < 1:
-        change(merged, alpha)
+    paths: dict[str, tuple[LinearPath, Change]] = {"as they are": (naive, None), "aligned": (path, None)}
+    if change is not None:
+        paths[f"aligned, {corrected.name}"] = (path, change)
+    curves = measured(setting.labelled, options.points, paths) if setting.labelled is not None else {}
+    alpha = _chosen(fixed, path, list(curves.values()), setting, options.seed)
+    merges = [_merged(one, alpha, statistics) for one, statistics in paths.values()]
     rows = [distance_row(model, moved, reference)]
-    if losses is not None and setting.examples is not None:
-        rows += path_rows(*losses) + merge_rows(setting.examples, naive.module_at(alpha), merged)
-    write_checkpoint(Path(options.output), setting.as_written(merged, 1))
-    if losses is not None:
-        label = "aligned" if corrected.name == "none" else f"aligned, {corrected.name}"
-        write_path_figure(options.picture, {"as they are": losses[0], label: losses[1]}, alpha)
+    if setting.examples is not None and curves:
+        rows += path_rows(curves.values()) + merge_rows(setting.examples, merges)
+    write_checkpoint(Path(options.output), setting.as_written(merges[-1], 1))
+    if curves:
+        write_path_figure(options.picture, curves, alpha)
     print_files(setting)  # after all is written, for a reader such as head may end the process here
     console().print(describe_alignment(alignment))
     console().print(f"alpha, the weight of B: {alpha:.4g}{f', by {fixed}' if isinstance(fixed, str) else ''}")
     console().print(f"statistics: {corrected.name if 0 < alpha < 1 else 'none, for the merge is A or B'}")
-    print_table("merge of A and B", ("as they are", "aligned"), rows)
+    print_table("merge of A and B", list(paths) if curves else ["as they are", "aligned"], rows)
     console().print(f"The merge: {options.output}")
-    if losses is not None:
+    if curves:
         console().print(f"The path: {options.picture}")
+
+
+def _merged(path: LinearPath, alpha: float, change: Change) -> nn.Module:
+    """Return a point of a path, corrected unless it is an end."""
+    merged = path.module_at(alpha)
+    if change is not None and 0 < alpha < 1:
+        change(merged, alpha)
+    return merged
 
 
 def _alpha(text: str | None) -> float | str:
@@ -106,15 +113,15 @@ def _check_search(alpha: float | str, examples: Examples | None) -> None:
 def _chosen(
     alpha: float | str,
     path: LinearPath,
-    losses: tuple[PathLosses, PathLosses] | None,
+    curves: Sequence[PathLosses],
     setting: Setting,
     seed: int,
 ) -> float:
     """Return alpha: the number, the lowest point of the path, or that of both Fisher informations."""
     if isinstance(alpha, float):
         return alpha
-    if alpha == "line-search" and losses is not None:
-        return line_search(losses[1])
+    if alpha == "line-search":
+        return line_search(curves[-1])
     with working("Fisher information"):
         ends = (_fisher(network, setting, seed) for network in (setting.networks[1], path.network))
         return fisher_alpha(path, *ends)

@@ -40,7 +40,7 @@ def merge_several(words: Words) -> None:
         corrected.reestimate(merged)
     rows: list[Row] = [("spread of the weights", number(found.history[0]), number(min(found.history)))]
     if setting.examples is not None and setting.examples.labelled:
-        rows += _member_rows(setting) + merge_rows(setting.examples, _average(setting.networks), merged)
+        rows += _member_rows(setting) + merge_rows(setting.examples, [_average(setting.networks), merged])
     write_checkpoint(Path(options.output), setting.as_written(merged, 0))
     print_files(setting)
     end = "" if found.converged else "; it did not come to its end within its steps"

@@ -18,7 +18,9 @@ from lit_rebasin.cli.progress import reading
 from lit_rebasin.merging import LinearPath, PathLosses, loss_barrier
 from lit_rebasin.metrics.figures import COLORS, MARKERS
 
-Row = tuple[str, str, str]
+_COLORS = (COLORS[1], COLORS[0], COLORS[2])
+
+Row = tuple[str, ...]  # what it is, and its value in each column
 
 
 def console() -> Console:
@@ -26,8 +28,8 @@ def console() -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True)
 
 
-def print_table(title: str, headers: tuple[str, str], rows: Sequence[Row]) -> None:
-    """Print a row a quantity, before and after."""
+def print_table(title: str, headers: Sequence[str], rows: Sequence[Row]) -> None:
+    """Print a row a quantity, and a column a stage; what a row has no value for stays empty."""
     table = Table("", title=title)
     for header in headers:
         table.add_column(header, justify="right")
@@ -85,39 +87,41 @@ def distance_row(model: nn.Module, moved: nn.Module, reference: nn.Module) -> Ro
 def measured(
     batches: Iterable[Any],
     points: int,
-    naive: LinearPath,
-    path: LinearPath,
-    statistics: Callable[[nn.Module, float], object] | None = None,
-) -> tuple[PathLosses, PathLosses]:
-    """Return the losses along the path between two networks as they are, and along the aligned one, corrected by the statistics."""
-    with reading("measuring the path", batches, 2 * points) as watched:
-        before = loss_barrier(naive, watched, points)
-        return before, loss_barrier(path, watched, points, statistics=statistics)
+    paths: Mapping[str, tuple[LinearPath, Callable[[nn.Module, float], object] | None]],
+) -> dict[str, PathLosses]:
+    """Return the losses along paths, by what is said of them, each with the statistics that its points are given."""
+    with reading("measuring the path", batches, points * len(paths)) as watched:
+        return {
+            label: loss_barrier(path, watched, points, statistics=statistics)
+            for label, (path, statistics) in paths.items()
+        }
 
 
-def path_rows(before: PathLosses, after: PathLosses) -> list[Row]:
-    """Return the barriers of two paths, from B at their one end to A at the other, and what was measured at the ends."""
-    rows = [
-        ("loss barrier", number(before.barrier), number(after.barrier)),
-        ("loss area", number(before.area), number(after.area)),
-        ("loss of A", number(float(before.losses[0])), number(float(after.losses[0]))),
-        ("loss of B", number(float(before.losses[-1])), number(float(after.losses[-1]))),
+def path_rows(losses: Iterable[PathLosses]) -> list[Row]:
+    """Return the barriers of paths from B at their one end to A at the other, and what was measured at the ends."""
+    paths = list(losses)
+    rows: list[Row] = [
+        ("loss barrier", *(number(path.barrier) for path in paths)),
+        ("loss area", *(number(path.area) for path in paths)),
+        ("loss of A", *(number(float(path.losses[0])) for path in paths)),
+        ("loss of B", *(number(float(path.losses[-1])) for path in paths)),
     ]
-    if before.accuracies is not None and after.accuracies is not None:
+    shares = [path.accuracies for path in paths if path.accuracies is not None]
+    if len(shares) == len(paths):
         rows += [
-            ("accuracy barrier %", percent(before.accuracy_barrier), percent(after.accuracy_barrier)),
-            ("accuracy of A %", percent(float(before.accuracies[0])), percent(float(after.accuracies[0]))),
-            ("accuracy of B %", percent(float(before.accuracies[-1])), percent(float(after.accuracies[-1]))),
+            ("accuracy barrier %", *(percent(path.accuracy_barrier) for path in paths)),
+            ("accuracy of A %", *(percent(float(share[0])) for share in shares)),
+            ("accuracy of B %", *(percent(float(share[-1])) for share in shares)),
         ]
     return rows
 
 
-def merge_rows(examples: Examples, before: nn.Module, after: nn.Module) -> list[Row]:
-    """Return loss and accuracy of two merges."""
-    (loss, share), (corrected_loss, corrected_share) = (loss_and_accuracy(n, examples) for n in (before, after))
+def merge_rows(examples: Examples, merges: Iterable[nn.Module]) -> list[Row]:
+    """Return loss and accuracy of merges."""
+    found = [loss_and_accuracy(merge, examples) for merge in merges]
     return [
-        ("loss of the merge", number(loss), number(corrected_loss)),
-        ("accuracy of the merge %", percent(share), percent(corrected_share)),
+        ("loss of the merge", *(number(loss) for loss, _ in found)),
+        ("accuracy of the merge %", *(percent(share) for _, share in found)),
     ]
 
 
@@ -147,7 +151,7 @@ def write_path_figure(file: str, curves: Mapping[str, PathLosses], merged_at: fl
 def _draw(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]], merged_at: float | None) -> None:
     for index, (label, (alphas, values)) in enumerate(curves.items()):
         axes.plot(
-            alphas.numpy(), values.numpy(), color=COLORS[1 - index], marker=MARKERS[index], markersize=3, label=label
+            alphas.numpy(), values.numpy(), color=_COLORS[index], marker=MARKERS[index], markersize=3, label=label
         )
     if merged_at is not None:
         axes.axvline(merged_at, color="0.5", linewidth=1, linestyle=":", label=f"merged at {merged_at:.2f}")
