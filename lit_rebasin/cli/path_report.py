@@ -143,7 +143,7 @@ def write_path_figure(file: str, curves: Mapping[str, PathLosses], merged_at: fl
     left.set(ylabel="loss")
     _draw(right, shares, merged_at)
     right.set(ylabel="accuracy %")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     path = Path(file)
     write_whole(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=150))
 
