@@ -1,8 +1,6 @@
 """What a run leaves behind: tables, results and pictures."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lit_rebasin.cli.files import write_whole
 from lit_rebasin.metrics import (
     accuracy_matrices_figure,
     accuracy_matrix_figure,
@@ -102,22 +101,12 @@ def print_accuracy(method: str, matrix: Tensor, n_tasks: int, folder: Path) -> b
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it."""
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_figure(path: Path, figure: Figure) -> None:
     """Write a picture under a temporary name, then rename it."""
-    _write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)  # noqa: PTH105, which has no name for an atomic replace
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 def _stream(results: dict[str, Any]) -> str:

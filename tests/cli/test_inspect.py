@@ -173,7 +173,7 @@ def test_a_network_that_cannot_be_compared_is_shown_unchecked(capsys):
 
 def test_wrong_permutations_are_an_error(capsys, monkeypatch):
     wrong = PermutationSpec.from_axes({"0.weight": ("h", None)}, {"0.weight": torch.zeros(5, 3)})
-    monkeypatch.setattr("lit_rebasin.cli.inspect.permutation_spec", lambda *args, **kwargs: wrong)
+    monkeypatch.setattr("lit_rebasin.cli.network.permutation_spec", lambda *args, **kwargs: wrong)
     assert main(["inspect", f"{CODE_OF_THIS_TEST}.mlp", "--input", "6,3"]) == 1
     assert "Permuting changes the output" in capsys.readouterr().err
 

@@ -1,0 +1,78 @@
+"""What a merge has corrected before it is measured and written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.matching import Setting
+from lit_rebasin.merging import LinearPath, has_batch_norm, reestimate_batch_norm, repair, reset_batch_norm
+from lit_rebasin.merging.data import evaluating
+
+NEED_DATA = ("repair", "rescale", "reestimate")
+NEED_BATCH_NORM = ("reestimate", "data-free")
+NAMES = ("none", *NEED_DATA, "data-free")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A way to give a merge statistics of its own, by name.
+
+    Attributes:
+        name: One of `NAMES`.
+        setting: What is merged.
+    """
+
+    name: str
+    setting: Setting
+
+    def along(self, path: LinearPath) -> Callable[[nn.Module, float], object] | None:
+        """Return what changes a merge on a path in place, or None."""
+        example, batches = self.setting.example, self.setting.inputs
+        if self.name in ("repair", "rescale"):
+            mean = self.name == "repair"
+            return lambda merged, alpha: repair(merged, path, alpha, merged, batches, mean=mean)
+        if self.name == "reestimate":
+            return lambda merged, alpha: self.reestimate(merged)
+        if self.name == "data-free":
+            return lambda merged, alpha: reset_batch_norm(
+                merged, path, alpha, lambda _: merged(*example.args, **example.kwargs), None
+            )
+        return None
+
+    def reestimate(self, merged: nn.Module) -> None:
+        """Estimate the running statistics of BatchNorm on the data; all else runs as in evaluation."""
+        with evaluating(merged):
+            for module in merged.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train(module.track_running_stats)
+            reestimate_batch_norm(merged, merged, self.setting.inputs)
+
+
+def correction(name: str | None, setting: Setting) -> Correction:
+    """Return the correction of a name, or what fits the network and the data: of two checkpoints, repair with data.
+
+    Raises:
+        UsageError: If it is unknown, or the data, the network or the number of checkpoints does not fit it.
+    """
+    data, norm, two = setting.examples is not None, has_batch_norm(setting.networks[0]), len(setting.networks) == 2
+    name = name or _fitting(data, norm, two)
+    if name not in NAMES:
+        raise UsageError(f"--statistics must be one of {', '.join(NAMES)}, got {name}")
+    if not two and name not in ("none", "reestimate"):
+        raise UsageError(
+            f"--statistics {name} is for two checkpoints, got {len(setting.networks)}; use none or reestimate"
+        )
+    if name in NEED_DATA and not data:
+        raise UsageError(f"--statistics {name} needs data: give --data FILE.npz with the array x")
+    if name in NEED_BATCH_NORM and not norm:
+        raise UsageError(f"--statistics {name} is for BatchNorm, and {setting.path} has none with running statistics")
+    return Correction(name, setting)
+
+
+def _fitting(data: bool, norm: bool, two: bool) -> str:
+    if data and (two or norm):
+        return "repair" if two else "reestimate"
+    return "data-free" if two and norm else "none"
