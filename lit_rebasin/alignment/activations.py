@@ -100,14 +100,15 @@ def _similarities(
 ) -> dict[str, Tensor]:
     """Return, for each group, the mean over its values of the similarities of reference and model neurons, ``(size, size)``."""
     moments: dict[str, list[_Moments]] = {}
+    inputs = None
     for inputs in batches:
         theirs, ours = (reader.read(network, inputs, averaged).groups for network in (reference, model))
         for name, values in theirs.items():
             kept = moments.setdefault(name, [_Moments(len(value)) for value in values])
             for moment, one, other in zip(kept, values, ours[name], strict=True):
                 moment.add(one, other)
-    if not reader.has_run:
-        raise ValueError("data holds no batch, but activation matching needs some.")
+    if inputs is None:
+        raise ValueError("data holds no batch, but activation matching needs some, at every reading.")
     return {
         name: torch.stack([one.similarity(centred=centred) for one in kept]).mean(0)
         for name, kept in moments.items()

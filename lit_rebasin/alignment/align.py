@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from itertools import cycle, islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ LOSS_COSTS = ("midpoint", "random-point", "incremental")
 # Batches that the candidates of a search are compared on.
 _EVALUATED = 10
 # What `align` gives the methods itself.
-_OWN = {"init", "seed", "cost", "evaluate", "residual"}
+_OWN = {"init", "seed", "cost", "evaluate"}
 
 
 def align(
@@ -112,9 +112,11 @@ def align(
     function, needs, usual = _method(method)
     _check_networks(model, reference)
     _check_options(method, function, options)
+    if cost is not None:
+        _check_cost(method, needs, cost)
+    if data is not None and iter(data) is data:
+        raise ValueError("data must give its batches more than once: a DataLoader or a list, not an iterator.")
     cost = cost or ("midpoint" if data is not None else "l2")
-    if needs == "labels":
-        _check_cost(method, cost)
     if data is None and (needs == "inputs" or (needs == "labels" and cost in LOSS_COSTS)):
         what = f"method {method!r}" if needs == "inputs" else f"the {cost} cost"
         raise ValueError(
@@ -164,8 +166,10 @@ def _method(method: str) -> tuple[Callable[..., Alignment] | None, str, str]:
     return METHODS[method]
 
 
-def _check_cost(method: str, cost: str) -> None:
+def _check_cost(method: str, needs: str, cost: str) -> None:
     known = [*DISTANCES, *LOSS_COSTS]
+    if needs != "labels":
+        raise ValueError(f"method {method!r} takes no cost; leave it out.")
     if cost not in known:
         raise ValueError(f"cost must be one of {', '.join(known)}, got {cost!r}.")
 
@@ -182,7 +186,9 @@ def _check_networks(model: nn.Module, reference: nn.Module) -> None:
 
 def _check_options(method: str, function: Callable[..., Alignment] | None, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(function).parameters.values() if function else []
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OWN]
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    # A residual belongs to the merge of a stream of tasks: nothing here would add it.
+    known = [name for name in keywords if name not in _OWN and not name.startswith("residual")]
     for name in options:
         if name not in known:
             raise ValueError(f"method {method!r} has no option {name!r}; it has {', '.join(known) or 'none'}.")
@@ -236,7 +242,7 @@ def _costs(
     held = list(islice(data, _EVALUATED))
     if not held or any(not isinstance(batch, list | tuple) or len(batch) < 2 for batch in held):
         raise ValueError(f"The {cost} cost needs data with targets: batches (inputs, targets).")
-    stream = (batch for _ in cycle([0]) for batch in data)
+    stream = (batch for _ in count() for batch in data)
 
     def on(batch: Any) -> Callable[[Weights], Tensor]:
         return lambda weights: loss(_run(reference, weights, inputs_of(batch)), batch[1])

@@ -41,32 +41,36 @@ def l2_cost(permuted: Weights, reference: Weights) -> Tensor:
 
     ``(1/|theta|) sum ||theta_ref - pi(theta)||^2`` (Pena et al., CVPR 2023, eq. 9).
     """
-    pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
-    if not pairs:
-        return torch.zeros(())
-    total = torch.stack([(a - b.to(a.device, a.dtype)).square().sum() for a, b in pairs]).sum()
-    return total / sum(a.numel() for a, _ in pairs)
+    return _mean([(ours - theirs).square() for ours, theirs in _pairs(permuted, reference)])
 
 
 def l1_cost(permuted: Weights, reference: Weights) -> Tensor:
-    """Return the mean absolute difference of the weights, 0 if there are none."""
-    pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
-    if not pairs:
-        return torch.zeros(())
-    total = torch.stack([(a - b.to(a.device, a.dtype)).abs().sum() for a, b in pairs]).sum()
-    return total / sum(a.numel() for a, _ in pairs)
+    """Return the mean absolute difference of the weights, 0 if there are none (the metric of Pena et al., CVPR 2023)."""
+    return _mean([(ours - theirs).abs() for ours, theirs in _pairs(permuted, reference)])
 
 
 def cosine_distance(permuted: Weights, reference: Weights) -> Tensor:
     """Return one less the cosine of the weights, all tensors taken as one vector; 0 if there are none."""
-    pairs = [(permuted[name], reference[name]) for name in permuted if permuted[name].is_floating_point()]
+    pairs = _pairs(permuted, reference)
     if not pairs:
         return torch.zeros(())
-    ours, theirs = (
-        torch.cat([a.flatten() for a, _ in pairs]),
-        torch.cat([b.to(a.device, a.dtype).flatten() for a, b in pairs]),
-    )
+    ours, theirs = (torch.cat([tensor.flatten() for tensor in side]) for side in zip(*pairs, strict=True))
     return 1 - torch.nn.functional.cosine_similarity(ours, theirs, dim=0)
+
+
+def _pairs(permuted: Weights, reference: Weights) -> list[tuple[Tensor, Tensor]]:
+    """Return what is of floating point in both, the reference in the type and on the device of the other."""
+    return [
+        (tensor, reference[name].to(tensor.device, tensor.dtype))
+        for name, tensor in permuted.items()
+        if tensor.is_floating_point()
+    ]
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros(())
+    return torch.stack([tensor.sum() for tensor in tensors]).sum() / sum(tensor.numel() for tensor in tensors)
 
 
 def midpoint_cost(permuted: Weights, reference: Weights, loss: Loss) -> Tensor:
@@ -108,10 +112,3 @@ def check_same_architecture(model: Weights, reference: Weights) -> None:
                 f"Tensor {name!r} has shape {tuple(model[name].shape)} in the model and {tuple(reference[name].shape)} in the reference: "
                 "they are of different architectures."
             )
-
-
-def check_counts(**counts: tuple[int, int]) -> None:
-    """Raise a ValueError unless each count, given with the least that it may be, is a whole number of at least that."""
-    for name, (count, least) in counts.items():
-        if type(count) is not int or count < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")

@@ -80,6 +80,7 @@ def _covariances(network: nn.Module, reader: FeatureReader, batches: Iterable[tu
     """Return the covariance of the inputs of each layer by the name of its weight, float64."""
     columns = {name: tensor.shape[1] for name, tensor in network.named_parameters() if tensor.ndim > 1}
     sums: dict[str, list[Any]] = {}
+    inputs = None
     for inputs in batches:
         for name, values in reader.read(network, inputs).layers.items():
             # Those of a grouped convolution, or of a weight that is used twice, count as one.
@@ -89,8 +90,8 @@ def _covariances(network: nn.Module, reader: FeatureReader, batches: Iterable[tu
                 total[0] += len(rows)
                 total[1] = total[1] + rows.sum(0, dtype=torch.float64).cpu()
                 total[2] = total[2] + (rows.T @ rows).double().cpu()
-    if not reader.has_run:
-        raise ValueError("data holds no batch, but covariance-weighted matching needs some.")
+    if inputs is None:
+        raise ValueError("data holds no batch, but covariance-weighted matching needs some, at every reading.")
     return {name: second / n - torch.outer(first / n, first / n) for name, (n, first, second) in sums.items()}
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_rebasin.alignment.candidates import Candidates
-from lit_rebasin.alignment.costs import check_counts
 from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.transport import Schedule, assignment, sinkhorn
+from lit_rebasin.transport.arguments import check_count
 
 # Updates of a soft plan, as published. Rows are then off by little, and the gradient is that of the plan as it is.
 _UPDATES = 20
@@ -127,7 +127,7 @@ def sinkhorn_alignment(
     Raises:
         ValueError: If a number is out of range.
     """
-    check_counts(steps=(steps, 0))
+    check_count("steps", steps, 0)
     started = perf_counter()
     device = _device(model)
     rebasin = SinkhornRebasin(spec, init=init, sharpness=sharpness, noise=noise, seed=seed).to(device)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lit_rebasin.alignment.candidates import Candidates
-from lit_rebasin.alignment.costs import check_counts
 from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.weights import weight_matching
 from lit_rebasin.symmetry import PermutationSpec, permute
+from lit_rebasin.transport.arguments import check_count
 
 
 def straight_through_alignment(
@@ -49,7 +49,7 @@ def straight_through_alignment(
     Raises:
         ValueError: If a number is out of range, or the two models differ in names or shapes.
     """
-    check_counts(steps=(steps, 0))
+    check_count("steps", steps, 0)
     started = perf_counter()
     free = {
         name: tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for name, tensor in reference.items()

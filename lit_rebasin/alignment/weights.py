@@ -19,11 +19,12 @@ from lit_rebasin.alignment.agreement import (
     nested_groups,
     restrict,
 )
-from lit_rebasin.alignment.costs import check_counts, check_same_architecture, l2_cost
+from lit_rebasin.alignment.costs import check_same_architecture, l2_cost
 from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import Group, PermutationSpec, permute
 from lit_rebasin.transport import assignment
+from lit_rebasin.transport.arguments import check_count
 
 # Bound on the steps of a Frank-Wolfe search, as in SciPy.
 _MAX_STEPS = 30
@@ -65,7 +66,8 @@ def weight_matching(
     Raises:
         ValueError: If the two models differ in names or shapes, or a number is out of range.
     """
-    check_counts(restarts=(restarts, 0), max_sweeps=(max_sweeps, 1))
+    check_count("restarts", restarts, 0)
+    check_count("max_sweeps", max_sweeps)
     started = perf_counter()
     check_same_architecture(model, reference)
     ours, theirs = exact(model), exact(reference)

@@ -55,11 +55,6 @@ class FeatureReader:
         self.model, self.spec = model, spec
         self._taps: dict[Any, _Taps] = {}
 
-    @property
-    def has_run(self) -> bool:
-        """Whether any batch was read."""
-        return bool(self._taps)
-
     def read(self, network: nn.Module, inputs: tuple[Any, ...], averaged: Collection[str] = ()) -> Features:
         """Return the features of a network of the architecture on one batch of inputs.
 

@@ -69,10 +69,10 @@ def read_arguments(
     return Arguments(scores, sign, a, b, regularization, given)
 
 
-def check_count(name: str, count: int) -> None:
-    """Raise a ValueError unless a count is a whole number above 0."""
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} must be a whole number above 0, got {count}.")
+def check_count(name: str, count: int, least: int = 1) -> None:
+    """Raise a ValueError unless a count is a whole number of at least ``least``."""
+    if type(count) is not int or count < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
 
 
 def fill_masses(a: Tensor | None, b: Tensor | None, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
