@@ -24,7 +24,14 @@ MERGES = {
     "no merge (replay only)": None,
     "average": {"method": "identity"},
     "weight matching": {"method": "weights"},
-    "Sinkhorn, incremental cost": {"method": "sinkhorn", "residual_learning_rate": 0.0},
+    "weight matching, alpha by Fisher": {"method": "weights", "alpha": "fisher"},
+    "weight matching, then REPAIR": {"method": "weights", "statistics": "repair"},
+    "Frank-Wolfe": {"method": "frank-wolfe"},
+    "covariance": {"method": "covariance"},
+    "activations": {"method": "activations"},
+    "straight-through, midpoint": {"method": "straight-through", "cost": "midpoint"},
+    "Sinkhorn, midpoint": {"method": "sinkhorn", "cost": "midpoint"},
+    "Sinkhorn, incremental cost": {"method": "sinkhorn", "options": {"residual_learning_rate": 0.0}},
     "Sinkhorn, incremental cost and residual": {"method": "sinkhorn"},
 }
 N_TASKS, EPOCHS, ALPHA = 20, 10, 0.5
@@ -49,7 +56,7 @@ def run(options, fresh, seed):
     )
     model = ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
     monitor = ContinualMonitor()
-    merges = [] if options is None else [RebasinMerge(alpha=ALPHA, seed=seed, **options)]
+    merges = [] if options is None else [RebasinMerge(**{"alpha": ALPHA, "seed": seed, **options})]
     trainer = pl.Trainer(
         max_epochs=N_TASKS * EPOCHS,
         reload_dataloaders_every_n_epochs=1,

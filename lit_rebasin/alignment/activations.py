@@ -1,19 +1,19 @@
 """Activation matching: permute a model's neurons onto those of a reference that respond to the same inputs."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rebasin.alignment.agreement import nested_groups
 from lit_rebasin.alignment.costs import check_same_architecture
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.symmetry import FeatureReader, PermutationSpec, compose, permute
-from lit_rebasin.symmetry.spec import tensors_of
+from lit_rebasin.symmetry import Features, PermutationSpec, compose, permute
 from lit_rebasin.transport import assignment
 
+Read = Callable[[Mapping[str, Tensor], Collection[str]], Iterable[Features]]
 # Passes over the data, where one group lies inside another and so depends on how that one was matched.
 _PASSES = 5
 # Gain in the sum of similarities that is put down to rounding.
@@ -21,10 +21,10 @@ _LEAST = 1e-9
 
 
 def activation_matching(
-    model: nn.Module,
-    reference: nn.Module,
+    model: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
     spec: PermutationSpec,
-    batches: Iterable[tuple[Any, ...]],
+    read: Read,
     *,
     similarity: Literal["correlation", "cosine"] = "correlation",
     init: Mapping[str, Tensor] | None = None,
@@ -36,10 +36,11 @@ def activation_matching(
     are matched again until nothing moves.
 
     Args:
-        model: The network to permute; not written to.
-        reference: The one that stays put.
+        model: Weights of the model to permute.
+        reference: Those of the one that stays put.
         spec: The symmetries of the two.
-        batches: Inputs, each a tuple of the arguments of one forward pass; read once a pass, so not an iterator.
+        read: Maps the weights of a network, and the groups to average, to its features on each batch of some data (:class:`FeatureReader`);
+            the same data at every call.
         similarity: Correlation, or cosine, which keeps the means.
         init: The permutations to start from, by group name. Default: the identity.
 
@@ -52,12 +53,13 @@ def activation_matching(
     if similarity not in ("correlation", "cosine"):
         raise ValueError(f"similarity must be correlation or cosine, got {similarity!r}.")
     started = perf_counter()
-    check_same_architecture(tensors_of(model), tensors_of(reference))
-    reader, centred = FeatureReader(reference, spec), similarity == "correlation"
+    check_same_architecture(model, reference)
+    centred = similarity == "correlation"
     nested = [name for name, others in nested_groups(spec).items() if others]
 
     def compare(permutations: Mapping[str, Tensor], averaged: Collection[str] = ()) -> dict[str, Tensor]:
-        return _similarities(reader, reference, permute(model, spec, permutations), batches, centred, averaged)
+        both = (read(weights, averaged) for weights in (reference, permute(model, spec, permutations)))
+        return _similarities(*both, centred=centred)
 
     permutations = {**spec.identity(), **(init or {})}
     best, similarities = permutations, compare(permutations)
@@ -90,24 +92,17 @@ def _moves(similarities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _similarities(
-    reader: FeatureReader,
-    reference: nn.Module,
-    model: nn.Module,
-    batches: Iterable[tuple[Any, ...]],
-    centred: bool,
-    averaged: Collection[str],
-) -> dict[str, Tensor]:
+def _similarities(theirs: Iterable[Features], ours: Iterable[Features], *, centred: bool) -> dict[str, Tensor]:
     """Return, for each group, the mean over its values of the similarities of reference and model neurons, ``(size, size)``."""
     moments: dict[str, list[_Moments]] = {}
-    inputs = None
-    for inputs in batches:
-        theirs, ours = (reader.read(network, inputs, averaged).groups for network in (reference, model))
-        for name, values in theirs.items():
+    batches = 0
+    for one, other in zip(theirs, ours, strict=True):
+        batches += 1
+        for name, values in one.groups.items():
             kept = moments.setdefault(name, [_Moments(len(value)) for value in values])
-            for moment, one, other in zip(kept, values, ours[name], strict=True):
-                moment.add(one, other)
-    if inputs is None:
+            for moment, *pair in zip(kept, values, other.groups[name], strict=True):
+                moment.add(*pair)
+    if not batches:
         raise ValueError("data holds no batch, but activation matching needs some, at every reading.")
     return {
         name: torch.stack([one.similarity(centred=centred) for one in kept]).mean(0)

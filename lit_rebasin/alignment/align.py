@@ -1,7 +1,6 @@
 """One call for every way to find the permutation that carries a model towards a reference."""
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import count, islice
 from typing import Any
 
@@ -9,47 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_rebasin.alignment.activations import activation_matching
 from lit_rebasin.alignment.costs import (
+    DISTANCES,
+    LOSS_COSTS,
     check_same_architecture,
-    cosine_distance,
     incremental_cost,
-    l1_cost,
-    l2_cost,
     midpoint_cost,
     random_point_cost,
 )
-from lit_rebasin.alignment.covariance import covariance_matching
-from lit_rebasin.alignment.frank_wolfe import frank_wolfe_matching
+from lit_rebasin.alignment.methods import METHODS, Problem, check_method, check_start, find
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.alignment.sinkhorn import sinkhorn_alignment
-from lit_rebasin.alignment.straight_through import straight_through_alignment
-from lit_rebasin.alignment.weights import weight_matching
-from lit_rebasin.symmetry import PermutationSpec, attributes_kept, permutation_spec
+from lit_rebasin.symmetry import FeatureReader, Features, PermutationSpec, attributes_kept, permutation_spec
 from lit_rebasin.symmetry.spec import tensors_of
 
 Weights = Mapping[str, Tensor]
-# The method's function, what it takes of the data ("", "inputs" or "labels"), and the start that it has unless told.
-METHODS: dict[str, tuple[Callable[..., Alignment] | None, str, str]] = {
-    "identity": (None, "", "identity"),
-    "weights": (weight_matching, "", "identity"),
-    "covariance": (covariance_matching, "inputs", "identity"),
-    "activations": (activation_matching, "inputs", "identity"),
-    "frank-wolfe": (frank_wolfe_matching, "", "identity"),
-    "straight-through": (straight_through_alignment, "labels", "weights"),
-    "sinkhorn": (sinkhorn_alignment, "labels", "weights"),
-}
-DISTANCES: dict[str, Callable[[Weights, Weights], Tensor]] = {
-    "l1": l1_cost,
-    "l2": l2_cost,
-    "cosine": cosine_distance,
-}
-LOSS_COSTS = ("midpoint", "random-point", "incremental")
 # Batches that the candidates of a search are compared on.
 _EVALUATED = 10
-# What `align` gives the methods itself.
-_OWN = {"init", "seed", "cost", "evaluate"}
 
 
 def align(
@@ -91,7 +67,8 @@ def align(
             more than once.
         loss: Maps outputs and targets of a batch to a scalar, for costs that need it.
         cost: What sinkhorn and straight-through minimise: the distance of the weights, ``"l1"``, ``"l2"`` or ``"cosine"``; or the loss of the
-            networks between, ``"midpoint"``, ``"random-point"`` or ``"incremental"`` (at ``alpha``). Default: ``"midpoint"`` with data, else
+            networks between, ``"midpoint"``, ``"random-point"`` or ``"incremental"`` (at ``alpha``), in evaluation mode but for BatchNorm,
+            which takes the statistics of the batch. Default: ``"midpoint"`` with data, else
             ``"l2"``.
         init: Where to start: the name of a method, or permutations by group name. Default: ``"weights"`` for sinkhorn and straight-through,
             else the identity.
@@ -109,39 +86,28 @@ def align(
         >>> alignment = align(model, reference, method="covariance", data=loader)
         >>> moved = permute(model, permutation_spec(model, x), alignment.permutations)
     """
-    function, needs, usual = _method(method)
+    check_method(method, options)
+    check_start(init)
     _check_networks(model, reference)
-    _check_options(method, function, options)
+    needs = METHODS[method][1]
     if cost is not None:
         _check_cost(method, needs, cost)
     if data is not None and iter(data) is data:
         raise ValueError("data must give its batches more than once: a DataLoader or a list, not an iterator.")
     cost = cost or ("midpoint" if data is not None else "l2")
-    if data is None and (needs == "inputs" or (needs == "labels" and cost in LOSS_COSTS)):
-        what = f"method {method!r}" if needs == "inputs" else f"the {cost} cost"
-        raise ValueError(
-            f"{what} needs data: give data=, batches of {'inputs' if needs == 'inputs' else 'inputs and targets'}."
-        )
+    _check_data(method, needs, cost, init, data)
     if spec is None:
         spec = _traced(reference, data)
     spec.validate(tensors_of(reference))
-    ours, theirs = _parameters(model), _parameters(reference)
-    if function is None:
-        distance = float(l2_cost(ours, theirs))
-        return Alignment(spec.identity(), distance, [distance], "identity", True, 0.0)
-    start = _start(init or usual, model, reference, spec, data, seed)
-    if method == "frank-wolfe":
-        return frank_wolfe_matching(ours, theirs, spec, init=start if init else None, **options)
-    if method == "weights":
-        return weight_matching(ours, theirs, spec, init=start, seed=seed, **options)
-    if needs == "inputs":
-        drawn = {"seed": seed} if method == "covariance" else {}
-        return function(model, reference, spec, _Inputs(data), init=start, **drawn, **options)
-    step, evaluate = _costs(reference, cost, data, loss, alpha, seed)
-    shared = {"evaluate": evaluate, "init": start, "seed": seed, **options}
-    if method == "sinkhorn":
-        return sinkhorn_alignment(ours, spec, step, **shared)
-    return straight_through_alignment(ours, theirs, spec, step, **shared)
+    problem = Problem(
+        _detached(model),
+        _detached(reference),
+        [name for name, _ in reference.named_parameters()],
+        spec,
+        _reading(reference, spec, data or ()),
+        lambda: _costs(reference, cost, data, loss, alpha, seed),
+    )
+    return find(problem, method, init, seed, options)
 
 
 def inputs_of(batch: Any) -> tuple[Any, ...]:
@@ -150,20 +116,18 @@ def inputs_of(batch: Any) -> tuple[Any, ...]:
     return tuple(first) if isinstance(first, list | tuple) else (first,)
 
 
-class _Inputs:
-    """The inputs of batches, as often as they are asked for."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __iter__(self) -> Any:
-        return map(inputs_of, self.data)
+def _detached(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors_of(network).items()}
 
 
-def _method(method: str) -> tuple[Callable[..., Alignment] | None, str, str]:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-    return METHODS[method]
+def _reading(reference: nn.Module, spec: PermutationSpec, data: Iterable[Any]) -> Any:
+    """Return how to read the features of a network on data."""
+    reader = FeatureReader(reference, spec)
+
+    def read(weights: Weights, averaged: Collection[str]) -> Iterator[Features]:
+        return (reader.read(weights, inputs_of(batch), averaged) for batch in data)
+
+    return read
 
 
 def _check_cost(method: str, needs: str, cost: str) -> None:
@@ -184,14 +148,16 @@ def _check_networks(model: nn.Module, reference: nn.Module) -> None:
     check_same_architecture(tensors_of(model), tensors_of(reference))
 
 
-def _check_options(method: str, function: Callable[..., Alignment] | None, options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters.values() if function else []
-    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    # A residual belongs to the merge of a stream of tasks: nothing here would add it.
-    known = [name for name in keywords if name not in _OWN and not name.startswith("residual")]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"method {method!r} has no option {name!r}; it has {', '.join(known) or 'none'}.")
+def _check_data(
+    method: str, needs: str, cost: str, init: str | Mapping[str, Tensor] | None, data: Iterable[Any] | None
+) -> None:
+    if data is not None:
+        return
+    if needs == "labels" and cost in LOSS_COSTS:
+        raise ValueError(f"the {cost} cost needs data: give data=, batches of inputs and targets.")
+    for argument, name in (("method", method), ("init", init)):
+        if isinstance(name, str) and METHODS[name][1] == "inputs":
+            raise ValueError(f"{argument} {name!r} needs data: give data=, batches of inputs.")
 
 
 def _traced(reference: nn.Module, data: Iterable[Any] | None) -> PermutationSpec:
@@ -200,29 +166,6 @@ def _traced(reference: nn.Module, data: Iterable[Any] | None) -> PermutationSpec
     if batch is None:
         raise ValueError("Give spec=permutation_spec(model, example_input), or data= from which it can be traced.")
     return permutation_spec(reference, *inputs_of(batch))
-
-
-def _start(
-    init: str | Mapping[str, Tensor],
-    model: nn.Module,
-    reference: nn.Module,
-    spec: PermutationSpec,
-    data: Iterable[Any] | None,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Return the permutations to start from."""
-    if isinstance(init, str):
-        if init == "identity":
-            return spec.identity()
-        return align(model, reference, method=init, spec=spec, data=data, seed=seed).permutations
-    unknown = sorted(set(init) - set(spec.groups))
-    if unknown:
-        raise ValueError(f"init names unknown groups {unknown}; the spec has {sorted(spec.groups)}.")
-    return {**spec.identity(), **init}
-
-
-def _parameters(network: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
 def _costs(
@@ -234,10 +177,10 @@ def _costs(
     seed: int,
 ) -> tuple[Callable[[Weights], Tensor], Callable[[Weights], Tensor]]:
     """Return a cost as a function of permuted weights: of the next batch, and of always the same ones."""
-    theirs = _parameters(reference)
+    theirs = {name: parameter.detach() for name, parameter in reference.named_parameters()}
     if cost in DISTANCES:
         distance = DISTANCES[cost]
-        return (lambda permuted: distance(permuted, theirs),) * 2
+        return (lambda permuted: distance({name: permuted[name] for name in theirs}, theirs),) * 2
     assert data is not None
     held = list(islice(data, _EVALUATED))
     if not held or any(not isinstance(batch, list | tuple) or len(batch) < 2 for batch in held):
@@ -247,7 +190,8 @@ def _costs(
     def on(batch: Any) -> Callable[[Weights], Tensor]:
         return lambda weights: loss(_run(reference, weights, inputs_of(batch)), batch[1])
 
-    def at(permuted: Weights, task: Callable[[Weights], Tensor], generator: torch.Generator) -> Tensor:
+    def at(weights: Weights, task: Callable[[Weights], Tensor], generator: torch.Generator) -> Tensor:
+        permuted = {name: weights[name] for name in theirs}
         if cost == "midpoint":
             return midpoint_cost(permuted, theirs, task)
         if cost == "incremental":
@@ -265,7 +209,11 @@ def _costs(
 
 
 def _run(network: nn.Module, weights: Weights, inputs: tuple[Any, ...]) -> Any:
-    """Run a network in evaluation mode on other weights."""
+    """Run a network in evaluation mode on other weights, BatchNorm on the batch: a merge gets statistics of its own."""
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}  # BatchNorm writes to them
     with attributes_kept(network.modules()):
         network.eval()
-        return functional_call(network, dict(weights), inputs)
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(module.track_running_stats)
+        return functional_call(network, {**buffers, **weights}, inputs)

@@ -112,3 +112,12 @@ def check_same_architecture(model: Weights, reference: Weights) -> None:
                 f"Tensor {name!r} has shape {tuple(model[name].shape)} in the model and {tuple(reference[name].shape)} in the reference: "
                 "they are of different architectures."
             )
+
+
+# The costs by name: those of the weights alone, and those of the loss of networks on the path.
+DISTANCES: dict[str, Callable[[Weights, Weights], Tensor]] = {
+    "l1": l1_cost,
+    "l2": l2_cost,
+    "cosine": cosine_distance,
+}
+LOSS_COSTS = ("midpoint", "random-point", "incremental")

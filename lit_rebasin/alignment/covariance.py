@@ -6,19 +6,19 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rebasin.alignment.costs import check_same_architecture
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.weights import weight_matching
-from lit_rebasin.symmetry import FeatureReader, PermutationSpec
+from lit_rebasin.symmetry import Features, PermutationSpec
 
 
 def covariance_matching(
-    model: nn.Module,
-    reference: nn.Module,
+    model: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
     spec: PermutationSpec,
-    batches: Iterable[tuple[Any, ...]],
+    features: tuple[Iterable[Features], Iterable[Features]],
     *,
     power: float = 0.125,
     init: Mapping[str, Tensor] | None = None,
@@ -36,10 +36,10 @@ def covariance_matching(
     play no part.
 
     Args:
-        model: The network to permute; not written to.
-        reference: The one that stays put.
+        model: Parameters of the model to permute.
+        reference: Those of the one that stays put.
         spec: The symmetries of the two.
-        batches: Inputs, each a tuple of the arguments of one forward pass; no labels.
+        features: What the model computes on each batch of some data, and what the reference does (:class:`FeatureReader`).
         power: Of the covariance in the products of two rows, from 0 (plain weight matching) to 1.
         init: The permutations to start from, by group name. Default: the identity.
         restarts: How often to start again from random permutations; the best of all is returned.
@@ -55,34 +55,30 @@ def covariance_matching(
     if not 0 <= power <= 1:
         raise ValueError(f"power must lie between 0 and 1, got {power}.")
     started = perf_counter()
-    check_same_architecture(dict(model.named_parameters()), dict(reference.named_parameters()))
-    reader = FeatureReader(reference, spec)
-    ours, theirs = (_weighed(network, reader, batches, power) for network in (model, reference))
+    check_same_architecture(model, reference)
+    ours, theirs = (_weighed(tensors, one, power) for tensors, one in zip((model, reference), features, strict=True))
     found = weight_matching(ours, theirs, spec, init=init, restarts=restarts, seed=seed, max_sweeps=max_sweeps)
     return replace(found, method="covariance", seconds=perf_counter() - started)
 
 
-def _weighed(
-    network: nn.Module, reader: FeatureReader, batches: Iterable[tuple[Any, ...]], power: float
-) -> dict[str, Tensor]:
+def _weighed(tensors: Mapping[str, Tensor], features: Iterable[Features], power: float) -> dict[str, Tensor]:
     """Return the parameters to compare, those of layers whose inputs are known times the root of the metric along the channels that come in."""
-    tensors = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    roots = {name: _power(one, power / 2) for name, one in _covariances(network, reader, batches).items()}
+    roots = {name: _power(one, power / 2) for name, one in _covariances(tensors, features).items()}
     measured = {name.rpartition(".")[0] for name in roots}
     return {
-        name: (tensor.double().cpu().movedim(1, -1) @ roots[name]).movedim(-1, 1) if name in roots else tensor
+        name: (tensor.detach().double().cpu().movedim(1, -1) @ roots[name]).movedim(-1, 1) if name in roots else tensor
         for name, tensor in tensors.items()
         if name in roots or name.rpartition(".")[0] not in measured
     }
 
 
-def _covariances(network: nn.Module, reader: FeatureReader, batches: Iterable[tuple[Any, ...]]) -> dict[str, Tensor]:
+def _covariances(tensors: Mapping[str, Tensor], features: Iterable[Features]) -> dict[str, Tensor]:
     """Return the covariance of the inputs of each layer by the name of its weight, float64."""
-    columns = {name: tensor.shape[1] for name, tensor in network.named_parameters() if tensor.ndim > 1}
+    columns = {name: tensor.shape[1] for name, tensor in tensors.items() if tensor.ndim > 1}
     sums: dict[str, list[Any]] = {}
-    inputs = None
-    for inputs in batches:
-        for name, values in reader.read(network, inputs).layers.items():
+    batch = None
+    for batch in features:
+        for name, values in batch.layers.items():
             # Those of a grouped convolution, or of a weight that is used twice, count as one.
             for x in values if name in columns else []:
                 rows = x.reshape(-1, columns[name]).float()
@@ -90,7 +86,7 @@ def _covariances(network: nn.Module, reader: FeatureReader, batches: Iterable[tu
                 total[0] += len(rows)
                 total[1] = total[1] + rows.sum(0, dtype=torch.float64).cpu()
                 total[2] = total[2] + (rows.T @ rows).double().cpu()
-    if inputs is None:
+    if batch is None:
         raise ValueError("data holds no batch, but covariance-weighted matching needs some, at every reading.")
     return {name: second / n - torch.outer(first / n, first / n) for name, (n, first, second) in sums.items()}
 

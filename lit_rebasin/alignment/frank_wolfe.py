@@ -16,6 +16,7 @@ from lit_rebasin.alignment.costs import check_same_architecture, l2_cost
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.transport import assignment
+from lit_rebasin.transport.arguments import check_count
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -57,6 +58,7 @@ def frank_wolfe_matching(
         ValueError: If the two models differ in names or shapes, or ``init`` does not fit the spec.
     """
     started = perf_counter()
+    check_count("max_steps", max_steps, 0)
     check_same_architecture(model, reference)
     ours, theirs = exact(model), exact(reference)
     theirs = balanced(ours, theirs) if normalize else theirs

@@ -12,7 +12,7 @@ from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.transport import Schedule, assignment, sinkhorn
-from lit_rebasin.transport.arguments import check_count
+from lit_rebasin.transport.arguments import check_count, check_positive
 
 # Updates of a soft plan, as published. Rows are then off by little, and the gradient is that of the plan as it is.
 _UPDATES = 20
@@ -128,6 +128,12 @@ def sinkhorn_alignment(
         ValueError: If a number is out of range.
     """
     check_count("steps", steps, 0)
+    check_positive(learning_rate=learning_rate, residual_clip=residual_clip)
+    if not (residual_learning_rate >= 0 and residual_weight_decay >= 0):
+        raise ValueError(
+            "residual_learning_rate and residual_weight_decay must be 0 or more, "
+            f"got {residual_learning_rate} and {residual_weight_decay}."
+        )
     started = perf_counter()
     device = _device(model)
     rebasin = SinkhornRebasin(spec, init=init, sharpness=sharpness, noise=noise, seed=seed).to(device)

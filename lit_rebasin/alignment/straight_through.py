@@ -11,7 +11,7 @@ from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.weights import weight_matching
 from lit_rebasin.symmetry import PermutationSpec, permute
-from lit_rebasin.transport.arguments import check_count
+from lit_rebasin.transport.arguments import check_count, check_positive
 
 
 def straight_through_alignment(
@@ -32,8 +32,8 @@ def straight_through_alignment(
     gradient of the cost at the hard-permuted model, and lets Adam move the free weights by it.
 
     Args:
-        model: Parameters of the model to permute.
-        reference: Those of the one that stays put.
+        model: Weights of the model to permute.
+        reference: Parameters of the one that stays put; what the model has beyond them is permuted along.
         spec: The symmetries of the two.
         cost: Maps permuted weights to a scalar; may draw a batch of its own at each call.
         evaluate: Maps permuted weights to the scalar by which candidates are compared; always the same data. Default: ``cost``.
@@ -50,10 +50,12 @@ def straight_through_alignment(
         ValueError: If a number is out of range, or the two models differ in names or shapes.
     """
     check_count("steps", steps, 0)
+    check_positive(learning_rate=learning_rate)
     started = perf_counter()
     free = {
         name: tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for name, tensor in reference.items()
     }
+    compared = {name: model[name] for name in free if name in model}
     optimizer = torch.optim.Adam([tensor for tensor in free.values() if tensor.requires_grad], lr=learning_rate)
     seen = Candidates(model, spec, evaluate or cost)
     permutations = {**spec.identity(), **(init or {})}
@@ -61,11 +63,11 @@ def straight_through_alignment(
     still = 0
     for step in shown(range(1, steps + 1), "Straight-through estimator", steps):
         before = permutations
-        permutations = weight_matching(model, free, spec, init=permutations, seed=seed + step).permutations
+        permutations = weight_matching(compared, free, spec, init=permutations, seed=seed + step).permutations
         still = still + 1 if all(torch.equal(p, before[name]) for name, p in permutations.items()) else 0
         hard = permute(model, spec, permutations)
         # The value of the hard weights, the gradient of the free ones.
-        value = cost({name: hard[name].detach() + free[name] - free[name].detach() for name in hard})
+        value = cost({**hard, **{name: hard[name].detach() + free[name] - free[name].detach() for name in free}})
         if value.isfinite():
             optimizer.zero_grad()
             value.backward()

@@ -1,78 +1,60 @@
 """What happens between two tasks: alignment, choice of alpha, and the merged weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lit_rebasin.alignment import (
+    DISTANCES,
     Alignment,
+    Problem,
     add_residual,
+    find,
     incremental_cost,
-    l2_cost,
     midpoint_cost,
     random_point_cost,
-    sinkhorn_alignment,
-    weight_matching,
 )
+from lit_rebasin.callbacks.settings import MergeSettings
+from lit_rebasin.callbacks.step_features import StepFeatures
+from lit_rebasin.callbacks.step_fisher import step_fisher
 from lit_rebasin.callbacks.step_loss import StepLoss, draw_batches
-from lit_rebasin.merging import LinearPath, PathLosses, line_search
-from lit_rebasin.symmetry import PermutationSpec, permute
+from lit_rebasin.merging import LinearPath, PathLosses, fisher_alpha, layer_fisher_alphas, line_search
+from lit_rebasin.symmetry import Features, PermutationSpec, permute
 
 Weights = Mapping[str, Tensor]
-METHODS = ("weights", "sinkhorn", "identity")
-# Logit of the start of the plans: at width 256, 92 % of a row.
-_SHARPNESS = 8.0
-COSTS = ("incremental", "midpoint", "random-point", "l2")
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """The arguments of `RebasinMerge`, checked."""
-
-    alpha: float | Literal["line-search"]
-    method: str
-    cost: str
-    steps: int
-    learning_rate: float
-    residual_learning_rate: float
-    batches: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.alpha, str):
-            if self.alpha != "line-search":
-                raise ValueError(f'alpha must be a number in [0, 1] or "line-search", got {self.alpha!r}.')
-        elif not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is the weight of the previous model and must lie in [0, 1], got {self.alpha}.")
-        for name, value, known in (("method", self.method, METHODS), ("cost", self.cost, COSTS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-        for name, number, least in (("steps", self.steps, 0), ("batches", self.batches, 1)):
-            if number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}.")
-        if not self.learning_rate > 0 or self.residual_learning_rate < 0:
-            raise ValueError(
-                f"learning_rate must be above 0 and residual_learning_rate at least 0, "
-                f"got {self.learning_rate} and {self.residual_learning_rate}."
-            )
 
 
 @dataclass(frozen=True)
 class MergeOutcome:
-    """The merged weights, and all that is worth knowing about how they came about."""
+    """The merged weights, and all that is worth knowing about how they came about.
+
+    Attributes:
+        weights: All parameters and buffers of the merge.
+        alpha: Weight of the previous model, one number or one by tensor name.
+        path: From the previous model to the aligned new one.
+        numbers: What is logged.
+        alignment: How the new model was carried towards the previous one.
+        before: The losses between the two as they were.
+        after: Those along ``path``.
+        batches: The training batches that all this was measured on.
+        fisher: The Fisher information of the aligned new model by name; empty unless alpha comes of it.
+    """
 
     weights: dict[str, Tensor]
+    alpha: float | dict[str, float]
+    path: LinearPath
     numbers: dict[str, float]
     alignment: Alignment
     before: PathLosses
     after: PathLosses
     batches: list[Any]
+    fisher: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,10 +75,6 @@ class _Models:
     def loss(self, weights: Weights) -> Tensor:
         return self.step.mean(weights, self.batches)[0]
 
-    def matched(self, weights: Weights) -> dict[str, Tensor]:
-        """Return what an alignment compares."""
-        return {name: weights[name] for name in sorted(self.shared)}
-
 
 def merge_task(
     step: StepLoss,
@@ -107,6 +85,7 @@ def merge_task(
     shared: set[str],
     settings: MergeSettings,
     task: int,
+    fisher: Weights | None = None,
 ) -> MergeOutcome:
     """Align the trained weights to the previous ones and merge them; nothing is written to.
 
@@ -119,19 +98,27 @@ def merge_task(
         shared: Parameters that both models have trained: only these are matched and averaged, other parameters are taken from ``trained``.
         settings: Arguments of the callback.
         task: Index of the task, for the seeds.
+        fisher: The Fisher information of the previous model, the sum over the tasks that it knows, where alpha comes of it.
     """
     started = perf_counter()
     models = _Models(step, step.with_loss(draw_batches(trainer, settings.batches)), trained, previous, shared)
-    alignment = _align(models, spec, settings, settings.seed + task)
+    alignment = find(
+        _problem(models, spec, settings, settings.seed + task),
+        settings.method,
+        settings.init,
+        settings.seed + task,
+        settings.used_options,
+    )
     aligned = models.path_from(permute(trained, spec, alignment.permutations))
     before = models.path_from(trained).losses(models.loss)
     after = aligned.losses(models.loss) if alignment.moved else before
-    alpha = line_search(after) if isinstance(settings.alpha, str) else settings.alpha
+    own = _fisher(models, spec, alignment) if settings.measures_fisher else {}
+    alpha = _alpha(settings, aligned, after, fisher or {}, own, shared)
     merged = add_residual(aligned.at(alpha), alignment.residual)
     loss_before, logged_before = step.mean(trained, models.batches)
     loss_after, logged_after = step.mean(merged, models.batches)
     numbers = {
-        "alpha": float(alpha),
+        "alpha": _mean_alpha(alpha, trained, shared),
         "moved": alignment.moved,
         "loss_previous": float(after.losses[-1]),
         "loss_before": float(loss_before),
@@ -142,37 +129,38 @@ def merge_task(
         **{f"{name}_after": value for name, value in logged_after.items()},
         "seconds": perf_counter() - started,
     }
-    return MergeOutcome(merged, numbers, alignment, before, after, models.batches)
+    return MergeOutcome(merged, alpha, aligned, numbers, alignment, before, after, models.batches, own)
 
 
-def _align(models: _Models, spec: PermutationSpec, settings: MergeSettings, seed: int) -> Alignment:
-    """Find the permutations, and with the incremental cost the residual."""
-    ours, theirs = models.matched(models.trained), models.matched(models.previous)
-    if settings.method == "identity":
-        distance = float(l2_cost(ours, theirs))
-        return Alignment(spec.identity(), distance, [distance], "identity", True, 0.0)
-    matched = weight_matching(ours, theirs, spec, seed=seed)
-    if settings.method == "weights":
-        return matched
+def _problem(models: _Models, spec: PermutationSpec, settings: MergeSettings, seed: int) -> Problem:
+    """Return what the alignment works on."""
+    reader = StepFeatures(models.step, spec)
+
+    def read(weights: Weights, averaged: Any) -> Iterator[Features]:
+        return (reader.read(weights, batch, averaged) for batch in models.batches)
+
     residual: dict[str, Tensor] = {}
-    if settings.cost == "incremental" and settings.residual_learning_rate > 0:
-        residual = {name: torch.zeros_like(tensor, requires_grad=True) for name, tensor in ours.items()}
-    cost = _cost(models, settings, residual, seed)
+    rate = settings.used_options.get("residual_learning_rate", 1.0)
+    if settings.method == "sinkhorn" and settings.used_cost == "incremental" and rate > 0:
+        residual = {
+            name: torch.zeros_like(models.trained[name], requires_grad=models.trained[name].is_floating_point())
+            for name in sorted(models.shared)
+        }
+    reference = models.path_from(models.trained).previous
     stream = cycle(models.batches)
-    return sinkhorn_alignment(
+    cost = _cost(models, settings, residual, seed)
+    return Problem(
         models.trained,
+        reference,
+        sorted(models.shared),
         spec,
-        lambda permuted: cost(permuted, lambda weights: models.step.at(weights, next(stream))),
-        # A cost of its own, so that every candidate meets the same random point.
-        evaluate=lambda permuted: _cost(models, settings, residual, seed)(permuted, models.loss),
-        init=matched.permutations,
-        # The residual is trained for the soft network, which must be near the hard one from the start.
-        sharpness=_SHARPNESS,
-        noise=0.0,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        residual=residual,
-        residual_learning_rate=settings.residual_learning_rate,
+        read,
+        lambda: (
+            lambda permuted: cost(permuted, lambda weights: models.step.at(weights, next(stream))),
+            # A cost of its own, so that every candidate meets the same random point.
+            lambda permuted: _cost(models, settings, residual, seed)(permuted, models.loss),
+        ),
+        residual,
     )
 
 
@@ -180,18 +168,50 @@ def _cost(
     models: _Models, settings: MergeSettings, residual: Weights, seed: int
 ) -> Callable[[Weights, Callable[[Weights], Tensor]], Tensor]:
     """Return the cost that the settings name, as a function of permuted weights and of the loss."""
-    # A line search comes after the alignment, so the published midpoint stands in for it there.
-    point = 0.5 if isinstance(settings.alpha, str) else settings.alpha
     generator = torch.Generator().manual_seed(seed)
+    name = settings.used_cost
 
     def cost(permuted: Weights, loss: Callable[[Weights], Tensor]) -> Tensor:
         reference = models.path_from(permuted).previous
-        if settings.cost == "l2":
-            return l2_cost(models.matched(permuted), models.matched(reference))
-        if settings.cost == "midpoint":
+        if name in DISTANCES:
+            return DISTANCES[name]({one: permuted[one] for one in sorted(models.shared)}, reference)
+        if name == "midpoint":
             return midpoint_cost(permuted, reference, loss)
-        if settings.cost == "random-point":
+        if name == "random-point":
             return random_point_cost(permuted, reference, loss, generator)
-        return incremental_cost(permuted, reference, loss, point, residual)
+        return incremental_cost(permuted, reference, loss, settings.point, residual)
 
     return cost
+
+
+def _fisher(models: _Models, spec: PermutationSpec, alignment: Alignment) -> dict[str, Tensor]:
+    """Return the Fisher information of the new model, aligned as its weights are."""
+    measured = step_fisher(models.step, models.trained, models.batches)
+    moved = permute({**models.trained, **measured}, spec, alignment.permutations)
+    return {name: moved[name] for name in measured}
+
+
+def _alpha(
+    settings: MergeSettings,
+    path: LinearPath,
+    losses: PathLosses,
+    previous: Weights,
+    new: Weights,
+    shared: set[str],
+) -> float | dict[str, float]:
+    """Return the weight of the previous model, or those of its layers."""
+    if not isinstance(settings.alpha, str):
+        return settings.alpha
+    if settings.alpha == "line-search":
+        return line_search(losses)
+    names = shared & previous.keys() & new.keys()
+    both = ({name: fisher[name].to(new[name].device) for name in names} for fisher in (previous, new))
+    return fisher_alpha(path, *both) if settings.alpha == "fisher" else layer_fisher_alphas(path, *both)
+
+
+def _mean_alpha(alpha: float | Mapping[str, float], weights: Weights, shared: set[str]) -> float:
+    """Return one number for all: the mean over the entries that are averaged."""
+    if not isinstance(alpha, Mapping):
+        return float(alpha)
+    entries = {name: weights[name].numel() for name in shared if name in alpha}
+    return sum(alpha[name] * count for name, count in entries.items()) / max(1, sum(entries.values()))

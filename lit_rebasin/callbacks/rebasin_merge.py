@@ -6,19 +6,24 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lit_rebasin.alignment import check_same_architecture
-from lit_rebasin.callbacks.merge import MergeSettings, merge_task
+from lit_rebasin.callbacks.correction import correct
+from lit_rebasin.callbacks.merge import merge_task
 from lit_rebasin.callbacks.report import log_merge, log_settings
-from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, named_tensors
+from lit_rebasin.callbacks.settings import MergeSettings, Method
+from lit_rebasin.callbacks.step_features import check_readable
+from lit_rebasin.callbacks.step_fisher import step_fisher
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, draw_batches, named_tensors
 from lit_rebasin.callbacks.step_spec import step_spec
-from lit_rebasin.callbacks.task_end import epochs_per_task, task_ends
-from lit_rebasin.merging import NoFiniteLossError, has_batch_norm, reestimate_batch_norm
+from lit_rebasin.callbacks.task_end import epochs_per_task, rewrite_last_checkpoints, task_ends
+from lit_rebasin.merging import NoFiniteLossError
+from lit_rebasin.merging.path import write_weights
 from lit_rebasin.symmetry import PermutationSpec, join
 
 
@@ -35,17 +40,23 @@ class RebasinMerge(Callback):
 
     Of the LightningModule only ``training_step`` is asked, which returns the loss; it is run some more times at the end of a task, with its
     logs and metrics set aside. Parameters that no task before has trained, such as the head of a new task, and frozen ones are taken from the
-    new model as they are. BatchNorm statistics are estimated anew on the merged weights.
+    new model as they are.
 
     Args:
-        alpha: Weight of the previous model in [0, 1], or ``"line-search"`` for the lowest loss on training batches along the path.
-        method: How to align: ``"weights"`` matches the weights, ``"sinkhorn"`` goes on from there and trains soft permutations on ``cost``,
-            ``"identity"`` does not align (plain averaging).
-        cost: What ``"sinkhorn"`` minimises: ``"incremental"``, the loss of the merge with a trained residual; ``"midpoint"`` or
-            ``"random-point"``, the loss on the path; ``"l2"``, the distance of the weights.
-        steps: Gradient steps of ``"sinkhorn"`` a task.
-        learning_rate: Of the soft permutations' logits.
-        residual_learning_rate: Of the residual of the incremental cost; 0 leaves the residual out.
+        alpha: Weight of the previous model in [0, 1]; or how to choose it: ``"line-search"`` for the lowest loss on training batches along the
+            path, ``"fisher"`` for the closed form :func:`~lit_rebasin.merging.fisher_alpha`, in which every task so far counts the same, and
+            ``"layer-fisher"`` for one a layer.
+        method: How to align, by any name that :func:`~lit_rebasin.align` knows. ``"identity"`` does not align (plain averaging).
+        cost: What ``"sinkhorn"`` and ``"straight-through"`` minimise: ``"incremental"``, which is the default, the loss of the merge, with
+            ``"sinkhorn"`` together with a trained residual; ``"midpoint"`` or ``"random-point"``, the loss on the path; ``"l2"``, ``"l1"`` or
+            ``"cosine"``, the distance of the weights.
+        init: The method that finds the start. Default: ``"weights"`` for ``"sinkhorn"`` and ``"straight-through"``, else the identity.
+        options: Further arguments of the method by name, as :func:`~lit_rebasin.align` takes them, and for the residual of the incremental cost
+            ``residual_learning_rate`` (0 leaves it out), ``residual_weight_decay`` and ``residual_clip``. The soft permutations of
+            ``"sinkhorn"`` start nearly hard here, ``{"sharpness": 8, "noise": 0, "learning_rate": 0.1}``, as the residual needs it.
+        statistics: What the merged weights are given: ``"reestimate"``, BatchNorm statistics estimated anew; ``"repair"`` and ``"rescale"``,
+            :func:`~lit_rebasin.merging.repair` of every layer and those; ``"data-free"``, :func:`~lit_rebasin.merging.reset_batch_norm`;
+            ``"none"``.
         batches: Training batches, of the task just learned and whatever replay its loader mixes in, that each merge uses.
         seed: Seed of everything drawn in a merge; the random states of Python, NumPy, torch and of the loaders are not touched.
 
@@ -60,23 +71,24 @@ class RebasinMerge(Callback):
 
     def __init__(
         self,
-        alpha: float | Literal["line-search"] = 0.8,
-        method: Literal["weights", "sinkhorn", "identity"] = "weights",
-        cost: Literal["incremental", "midpoint", "random-point", "l2"] = "incremental",
-        steps: int = 100,
-        learning_rate: float = 0.1,
-        residual_learning_rate: float = 0.05,
+        alpha: float | Literal["line-search", "fisher", "layer-fisher"] = 0.8,
+        method: Method = "weights",
+        cost: Literal["incremental", "midpoint", "random-point", "l2", "l1", "cosine"] | None = None,
+        init: Method | None = None,
+        options: dict[str, Any] | None = None,
+        statistics: Literal["reestimate", "repair", "rescale", "data-free", "none"] = "reestimate",
         batches: int = 10,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.settings = MergeSettings(alpha, method, cost, steps, learning_rate, residual_learning_rate, batches, seed)
+        self.settings = MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed)
         self.previous: dict[str, Tensor] | None = None
         self.n_tasks = 0
         self.history: list[dict[str, Any]] = []
         self.spec: PermutationSpec | None = None
         self._trained: set[str] = set()  # parameters that some finished task has changed
         self._initial: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}  # of the tasks so far, summed, in the frame of the previous model
         self._steps_before = 0  # optimizer steps of earlier fits, so that their curves do not overlap
         self._pending = False  # whether anything was trained since the last merge
         self._traced = False  # whether the spec takes account of the present task
@@ -102,6 +114,11 @@ class RebasinMerge(Callback):
         """Compare the model with the one that is remembered, before training."""
         if self.previous is not None:
             check_same_architecture(named_tensors(pl_module), self.previous)
+            if self.settings.measures_fisher and not self._fisher:
+                raise MisconfigurationException(
+                    f"RebasinMerge(alpha={self.settings.alpha!r}) needs the Fisher information of the tasks so far, which this state lacks, "
+                    "for it was saved with another alpha: give alpha a number, or line-search."
+                )
         log_settings(trainer, self.settings)
 
     @override
@@ -131,6 +148,8 @@ class RebasinMerge(Callback):
         # A task may run other parts than those before it, such as a head of its own; what moves must move in all of them.
         self.spec = join([self.spec, found]) if self.spec is not None else found
         self._traced = True
+        if self.spec.groups and self.settings.reads_features:
+            check_readable(StepLoss(trainer, pl_module), self.spec, batch)
         if not self.spec.groups:
             reasons = sorted(set(self.spec.fixed.values()))
             raise MisconfigurationException(
@@ -156,7 +175,7 @@ class RebasinMerge(Callback):
             )
         elif self._pending:
             self._finish_task(trainer, pl_module)
-            _rewrite_last_checkpoints(trainer)
+            rewrite_last_checkpoints(trainer)
         self._initial = {}
 
     @override
@@ -177,6 +196,7 @@ class RebasinMerge(Callback):
             "trained": sorted(self._trained),
             "steps_before": self._steps_before,
             "spec": self.spec.to_json() if self.spec is not None else None,
+            "fisher": self._fisher,
         }
 
     @override
@@ -187,6 +207,7 @@ class RebasinMerge(Callback):
         self.history = list(state_dict["history"])
         self._trained = set(state_dict["trained"])
         self._steps_before = state_dict["steps_before"]
+        self._fisher = dict(state_dict["fisher"])
         self.spec = PermutationSpec.from_json(state_dict["spec"]) if state_dict["spec"] is not None else None
 
     def _finish_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -204,7 +225,9 @@ class RebasinMerge(Callback):
             )
         if broken:
             self._refuse(pl_module, f"training left NaN or infinity in {broken!r}")
-        elif self.previous is not None:
+        elif self.previous is None:
+            self._measure_fisher(trainer, pl_module, trained)
+        else:
             try:
                 self._merge(trainer, pl_module, task, trained, self.previous)
             except NoFiniteLossError as error:
@@ -246,12 +269,12 @@ class RebasinMerge(Callback):
         with step.quiet():
             torch.manual_seed(self.settings.seed + task)
             shared = self._shared(pl_module, trained, previous)
-            outcome = merge_task(step, trainer, trained, previous, spec, shared, self.settings, task)
-            if not isfinite(outcome.numbers["loss_after"]):
-                raise NoFiniteLossError("the loss of the merged model on training batches is NaN or infinite")
+            outcome = merge_task(step, trainer, trained, previous, spec, shared, self.settings, task, self._fisher)
+            _check_finite(outcome.numbers["loss_after"])
             write_weights(pl_module, trainer.strategy.broadcast(outcome.weights))  # every rank drew batches of its own
-            if has_batch_norm(pl_module):
-                reestimate_batch_norm(pl_module, step, outcome.batches)
+            correct(pl_module, step, outcome, self.settings.statistics)
+            _check_finite(outcome.numbers["loss_after"])
+        self._add_fisher(outcome.fisher)
         self.history.append({"task": task, **outcome.numbers})
         log_merge(trainer, outcome, task)
         numbers = outcome.numbers
@@ -259,6 +282,21 @@ class RebasinMerge(Callback):
             f"Task {task}: merged with alpha {numbers['alpha']:.2f}, {numbers['moved']} neurons moved, "
             f"loss on training batches {numbers['loss_before']:.4f} -> {numbers['loss_after']:.4f}."
         )
+
+    def _measure_fisher(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", trained: Mapping[str, Tensor]
+    ) -> None:
+        """Take in the Fisher information of the first task."""
+        if not self.settings.measures_fisher:
+            return
+        step = StepLoss(trainer, pl_module)
+        with step.quiet():
+            batches = step.with_loss(draw_batches(trainer, self.settings.batches))
+            self._add_fisher(step_fisher(step, trained, batches))
+
+    def _add_fisher(self, fisher: Mapping[str, Tensor]) -> None:
+        for name, diagonal in fisher.items():
+            self._fisher[name] = self._fisher[name] + diagonal.cpu() if name in self._fisher else diagonal.cpu()
 
     def _shared(
         self, pl_module: "pl.LightningModule", trained: Mapping[str, Tensor], previous: Mapping[str, Tensor]
@@ -277,18 +315,6 @@ class RebasinMerge(Callback):
         self.previous = now
 
 
-def write_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a module's own parameters and buffers, which optimizers and compiled code keep pointing at."""
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            tensor.copy_(weights[name])
-
-
-def _rewrite_last_checkpoints(trainer: "pl.Trainer") -> None:
-    for checkpoint in trainer.checkpoint_callbacks:
-        if not isinstance(checkpoint, ModelCheckpoint):
-            continue
-        # Without a monitor the "best" is simply the latest.
-        latest = [checkpoint.last_model_path, "" if checkpoint.monitor else checkpoint.best_model_path]
-        for path in filter(None, latest):
-            trainer.save_checkpoint(path, checkpoint.save_weights_only)
+def _check_finite(loss: float) -> None:
+    if not isfinite(loss):
+        raise NoFiniteLossError("the loss of the merged model on training batches is NaN or infinite")

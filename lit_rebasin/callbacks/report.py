@@ -5,7 +5,8 @@ from dataclasses import asdict
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_rebasin.callbacks.merge import MergeOutcome, MergeSettings
+from lit_rebasin.callbacks.merge import MergeOutcome
+from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.metrics.path_figure import path_figure
 
 

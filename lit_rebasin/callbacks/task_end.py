@@ -1,6 +1,7 @@
 """Where a Trainer stands in the stream of tasks."""
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 def epochs_per_task(trainer: "pl.Trainer") -> int | None:
@@ -20,3 +21,14 @@ def task_ends(trainer: "pl.Trainer") -> bool:
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
     return trainer.is_last_batch and done == trainer.max_epochs
+
+
+def rewrite_last_checkpoints(trainer: "pl.Trainer") -> None:
+    """Save the model, and all callbacks, over the last checkpoint of every saver."""
+    for checkpoint in trainer.checkpoint_callbacks:
+        if not isinstance(checkpoint, ModelCheckpoint):
+            continue
+        # Without a monitor the "best" is simply the latest.
+        latest = [checkpoint.last_model_path, "" if checkpoint.monitor else checkpoint.best_model_path]
+        for path in filter(None, latest):
+            trainer.save_checkpoint(path, checkpoint.save_weights_only)

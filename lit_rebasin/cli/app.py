@@ -65,6 +65,9 @@ class ContinualCLI(LightningCLI):
             raise UsageError(str(error)) from None
         except ValueError as error:  # all that is done beside parsing is to seed
             raise UsageError(f"seed_everything: {error}") from None
+        RebasinMerge(
+            **self.config.merge.as_dict()
+        )  # so that what it refuses is said before any run, also one that does not merge
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a benchmark needs beyond trainer, model and data."""
@@ -151,7 +154,7 @@ def build_run(
     if not chosen.replay:
         config.data.replay_per_class = 0
     if not chosen.align:
-        config.merge.method = "identity"
+        config.merge.method, config.merge.cost, config.merge.init, config.merge.options = "identity", None, None, None
     if config.data_dir is not None:
         config.data.data_dir = config.data_dir
     pl.seed_everything(seed, verbose=False)

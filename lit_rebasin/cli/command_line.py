@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_rebasin.alignment.align import DISTANCES, LOSS_COSTS, METHODS
+from lit_rebasin.alignment import DISTANCES, LOSS_COSTS, METHODS
 from lit_rebasin.cli.checkpoints import SUFFIXES
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.files import check_target

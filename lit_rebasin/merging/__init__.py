@@ -2,7 +2,7 @@
 
 from lit_rebasin.merging.barrier import loss_barrier
 from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, layer_fisher_alphas, line_search
-from lit_rebasin.merging.fisher import diagonal_fisher
+from lit_rebasin.merging.fisher import SquaredGradients, diagonal_fisher
 from lit_rebasin.merging.many import ManyMerge, merge_many
 from lit_rebasin.merging.path import LinearPath, PathLosses
 from lit_rebasin.merging.repair import repair
@@ -14,6 +14,7 @@ __all__ = [
     "ManyMerge",
     "NoFiniteLossError",
     "PathLosses",
+    "SquaredGradients",
     "diagonal_fisher",
     "fisher_alpha",
     "has_batch_norm",

@@ -14,7 +14,6 @@ from lit_rebasin.merging.data import evaluating, labelled, to_device
 _HELD, _FEWEST = 2**23, 8
 
 Weights = dict[str, Tensor]
-ExampleLoss = Callable[[Weights, Tensor, Tensor], Tensor]
 
 
 def diagonal_fisher(
@@ -49,7 +48,7 @@ def diagonal_fisher(
         return measure(functional_call(model, weights, (example.unsqueeze(0),)), target.unsqueeze(0))
 
     examples = 0
-    squares = _Squares(example_loss)
+    squares = SquaredGradients(example_loss)
     with evaluating(model):
         pairs = labelled(dataloader, model) if loss is not None else _self_labelled(model, dataloader, generator)
         for inputs, target in pairs:
@@ -59,33 +58,36 @@ def diagonal_fisher(
     return {name: total / examples for name, total in totals.items()}
 
 
-class _Squares:
-    """The sum over a batch of squared gradients of single examples; one by one as soon as ``vmap`` cannot take the network."""
+class SquaredGradients:
+    """The sum over examples of the squared gradients of their losses; one by one as soon as ``vmap`` cannot take the network.
 
-    def __init__(self, loss: ExampleLoss) -> None:
+    Args:
+        loss: ``loss(weights, *example)``, of one example.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
         self.loss = loss
         self.vectorized = True
 
-    def __call__(self, weights: Weights, inputs: Tensor, target: Tensor) -> Weights:
+    def __call__(self, weights: Weights, *batch: Tensor) -> Weights:
+        """Return the sums by name, over the examples that lie along the first dimension of every tensor of a batch."""
         entries = sum(tensor.numel() for tensor in weights.values())
         chunk = max(_FEWEST, _HELD // max(1, entries))
-        chunks = zip(inputs.split(chunk), target.split(chunk), strict=True)
-        parts = [self._of_chunk(weights, some, labels) for some, labels in chunks]
+        parts = [self._of_chunk(weights, some) for some in zip(*(tensor.split(chunk) for tensor in batch), strict=True)]
         return {name: torch.stack([part[name] for part in parts]).sum(0) for name in weights}
 
-    def _of_chunk(self, weights: Weights, inputs: Tensor, target: Tensor) -> Weights:
+    def _of_chunk(self, weights: Weights, batch: tuple[Tensor, ...]) -> Weights:
         if self.vectorized:
             try:
-                gradients = vmap(grad(self.loss), in_dims=(None, 0, 0))(weights, inputs, target)
+                gradients = vmap(grad(self.loss), in_dims=(None, *(0 for _ in batch)))(weights, *batch)
                 return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
             except (RuntimeError, NotImplementedError, ValueError):
                 # Branches on data, operators without a rule, random numbers. A fault of the network's own comes up again below.
                 self.vectorized = False
         totals = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        for example, label in zip(inputs, target, strict=True):
+        for example in zip(*batch, strict=True):
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-            value = self.loss(leaves, example, label)
-            gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            gradients = torch.autograd.grad(self.loss(leaves, *example), list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     totals[name] += gradient.square()

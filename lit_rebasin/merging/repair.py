@@ -40,10 +40,10 @@ def repair(
     see corrected earlier ones, and the moments that go into the weights are those over all batches. On one batch the goals are therefore met
     exactly; on several, up to the differences between batches, so take large ones.
 
-    Left alone are layers that feed a BatchNorm directly, whose running statistics are re-estimated in the same pass
-    (:func:`reestimate_batch_norm`); the layers whose outputs leave the network, and the one that runs last; and layers that run more than
-    once a batch or share weights with others, which no single correction fits. A layer without a bias is scaled only, so that no tensor is
-    added. A channel that is constant in the merge is shifted only.
+    Left alone are layers that are the same as at both ends, so that nothing was averaged; layers that feed a BatchNorm directly, whose running
+    statistics are re-estimated in the same pass (:func:`reestimate_batch_norm`); the layers whose outputs leave the network, and the one that
+    runs last; and layers that run more than once a batch or share weights with others, which no single correction fits. A layer without a
+    bias is scaled only, so that no tensor is added. A channel that is constant in the merge is shifted only.
 
     Args:
         merged: The merged network, changed in place; layers run in evaluation mode but for BatchNorm, and are then in their modes again.
@@ -72,7 +72,7 @@ def repair(
             new, _ = _observe(merged, forward, batches)
             write_weights(merged, own)
             correction = _Correction(mean)
-            for name in fits & previous.keys() & new.keys():
+            for name in (fits - _unchanged(merged, path)) & previous.keys() & new.keys():
                 share = alpha_of(alpha, f"{name}.weight")
                 correction.set_goal(name, previous[name], new[name], share)
             correction.run(merged, forward, batches)
@@ -82,6 +82,19 @@ def repair(
     finally:
         if not finished:
             write_weights(merged, own)
+
+
+def _unchanged(merged: nn.Module, path: LinearPath) -> set[str]:
+    """Return the layers that a merge has as both of its ends have them, such as frozen ones."""
+    return {
+        name
+        for name, layer in channels_of(merged).items()
+        if all(
+            torch.equal(end[f"{name}.{own}"].to(tensor.device), tensor)
+            for own, tensor in layer.named_parameters(recurse=False)
+            for end in (path.previous, path.new)
+        )
+    }
 
 
 class _Correction:

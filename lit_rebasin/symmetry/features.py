@@ -15,7 +15,7 @@ from lit_rebasin.symmetry.export import export
 from lit_rebasin.symmetry.factors import Atom
 from lit_rebasin.symmetry.layout import axes_along
 from lit_rebasin.symmetry.permute import neurons
-from lit_rebasin.symmetry.spec import Axis, PermutationSpec, tensors_of
+from lit_rebasin.symmetry.spec import Axis, PermutationSpec
 from lit_rebasin.symmetry.trace import is_dims
 from lit_rebasin.symmetry.tracing import follow
 
@@ -55,11 +55,11 @@ class FeatureReader:
         self.model, self.spec = model, spec
         self._taps: dict[Any, _Taps] = {}
 
-    def read(self, network: nn.Module, inputs: tuple[Any, ...], averaged: Collection[str] = ()) -> Features:
+    def read(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], averaged: Collection[str] = ()) -> Features:
         """Return the features of a network of the architecture on one batch of inputs.
 
         Args:
-            network: The network.
+            weights: Its parameters and buffers by name.
             inputs: The arguments of its forward pass.
             averaged: Groups whose neurons are averaged over what else their dimension holds, as heads over the features inside them.
 
@@ -71,7 +71,7 @@ class FeatureReader:
         )
         if key not in self._taps:
             self._taps[key] = _Taps(export(self.model, inputs, {}, training=False), self.spec)
-        return self._taps[key].read(network, inputs, averaged)
+        return self._taps[key].read(weights, inputs, averaged)
 
 
 class _Taps:
@@ -98,16 +98,15 @@ class _Taps:
         self.groups = {name: at_inputs.get(name) or at_outputs.get(name, []) for name in spec.groups}
         self.sizes = {name: group.size for name, group in spec.groups.items()}
 
-    def read(self, network: nn.Module, inputs: tuple[Any, ...], averaged: Collection[str]) -> Features:
+    def read(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], averaged: Collection[str]) -> Features:
         """Run the graph with the weights of a network."""
-        held = tensors_of(network)
         leaves = iter(pytree.tree_leaves(inputs))
         values = []
         for one in self.program.graph_signature.input_specs:
             if one.kind is InputKind.USER_INPUT:
                 values.append(next(leaves))
             else:
-                values.append(held[one.target] if one.target in held else self.program.constants[one.target])
+                values.append(weights[one.target] if one.target in weights else self.program.constants[one.target])
         wanted = {node for axes in self.groups.values() for node, _ in axes}
         wanted |= {node.args[0] for node in self.layers if isinstance(node.args[0], Node)}
         seen = _Watcher(self.program.graph_module, wanted)

@@ -75,6 +75,13 @@ def check_count(name: str, count: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
 
 
+def check_positive(**numbers: float) -> None:
+    """Raise a ValueError unless all numbers, by the names of their arguments, are above 0."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{name} must be above 0, got {number!r}.")
+
+
 def fill_masses(a: Tensor | None, b: Tensor | None, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return both masses; one that is not given shares out the total of the other, ones for the rows if there is none.
 

@@ -44,7 +44,10 @@ def fit_tasks(tmp_path, module, merge, tasks=2, **options):
 @pytest.mark.parametrize("method", ["identity", "weights", "sinkhorn"])
 def test_merge_with_identity_permutations_equals_plain_averaging(tmp_path, method):
     """With shared weights the sinkhorn start is the identity too; without steps and residual it stays there."""
-    module, merge = UserModule(), RebasinMerge(alpha=0.3, method=method, steps=0)
+    module, merge = (
+        UserModule(),
+        RebasinMerge(alpha=0.3, method=method, options={"steps": 0} if method == "sinkhorn" else None),
+    )
     before = Snapshot()
     make_trainer(tmp_path, merge).fit(module, loader())
     previous = weights(module)
@@ -79,7 +82,7 @@ def test_merge_undoes_a_permutation(tmp_path):
 
 
 def test_one_fit_walks_the_stream(tmp_path):
-    module, merge, snapshot = UserModule(), RebasinMerge(alpha=0.5, method="sinkhorn", steps=5), Snapshot()
+    module, merge, snapshot = UserModule(), RebasinMerge(alpha=0.5, method="sinkhorn", options={"steps": 5}), Snapshot()
     trainer = make_trainer(tmp_path, snapshot, merge, max_epochs=6, reload_dataloaders_every_n_epochs=2)
     trainer.fit(module, datamodule=Walk())
     assert merge.n_tasks == 3
@@ -92,7 +95,7 @@ def test_one_fit_walks_the_stream(tmp_path):
 
 
 def test_one_fit_a_task_with_the_same_object(tmp_path):
-    module, merge = UserModule(), RebasinMerge(alpha=0.5, method="sinkhorn", steps=5)
+    module, merge = UserModule(), RebasinMerge(alpha=0.5, method="sinkhorn", options={"steps": 5})
     trainers = fit_tasks(tmp_path, module, merge, tasks=3, logger=True, enable_checkpointing=True)
     assert merge.n_tasks == 3
     for task, trainer in enumerate(trainers):
@@ -121,11 +124,11 @@ def test_callback_restored_from_a_checkpoint_goes_on_as_the_same_object(tmp_path
     results = []
     for restore in (False, True):
         torch.manual_seed(0)
-        module, merge = UserModule(), RebasinMerge(alpha=0.6, method="sinkhorn", steps=5)
+        module, merge = UserModule(), RebasinMerge(alpha=0.6, method="sinkhorn", options={"steps": 5})
         (trainer,) = fit_tasks(tmp_path, module, merge, tasks=1, logger=True, enable_checkpointing=True)
         if restore:
             checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
-            merge = RebasinMerge(alpha=0.6, method="sinkhorn", steps=5)
+            merge = RebasinMerge(alpha=0.6, method="sinkhorn", options={"steps": 5})
             merge.load_state_dict(checkpoint["callbacks"][merge.state_key])
             module = UserModule()
             module.load_state_dict(checkpoint["state_dict"])
@@ -146,7 +149,7 @@ def test_merge_leaves_no_trace_in_metrics_random_state_and_modes(tmp_path):
                 probes[-1] += ({k: v.clone() for k, v in pl_module.train_acc.metric_state.items()},)
 
     probes = []
-    module, merge = UserModule(), RebasinMerge(method="sinkhorn", steps=3)
+    module, merge = UserModule(), RebasinMerge(method="sinkhorn", options={"steps": 3})
     make_trainer(tmp_path, merge).fit(module, loader())
     probes.clear()
     make_trainer(tmp_path, Probe(), merge, type("After", (Probe,), {})(), max_epochs=1).fit(module, loader(shift=1))
@@ -232,11 +235,23 @@ def test_max_steps_ends_a_task(tmp_path):
         ({"alpha": 1.5}, r"alpha .* must lie in \[0, 1\]"),
         ({"alpha": float("nan")}, r"alpha .* must lie in \[0, 1\]"),
         ({"alpha": "best"}, "line-search"),
-        ({"method": "hungarian"}, "method must be one of weights, sinkhorn, identity"),
-        ({"cost": "l3"}, "cost must be one of"),
-        ({"steps": -1}, "steps must be at least 0"),
+        ({"alpha": "best"}, "line-search, fisher, layer-fisher, got 'best'"),
+        ({"method": "hungarian"}, "method must be one of identity, weights, covariance"),
+        ({"method": "sinkhorn", "cost": "l3"}, "cost must be one of"),
+        ({"method": "weights", "cost": "l2"}, "method 'weights' takes no cost"),
+        ({"init": "random"}, "init must be one of identity, weights"),
+        ({"statistics": "batch"}, "statistics must be one of reestimate, repair"),
         ({"batches": 0}, "batches must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"options": {"steps": 3}}, "method 'weights' has no option 'steps'; it has normalize, restarts"),
+        ({"method": "sinkhorn", "options": {"steps": -1}}, "steps must be a whole number of at least 0"),
+        ({"method": "sinkhorn", "options": {"learning_rate": 0.0}}, "learning_rate must be above 0"),
+        ({"method": "sinkhorn", "options": {"learning_rate": "fast"}}, "'sinkhorn' has a value that it cannot take"),
+        ({"method": "sinkhorn", "options": {"residual_learning_rate": -1.0}}, "residual_learning_rate"),
+        ({"method": "sinkhorn", "cost": "l2", "options": {"residual_clip": 1.0}}, "has no option 'residual_clip'"),
+        ({"method": "sinkhorn", "options": {"schedule": {"kapa": 1}}}, "unexpected keyword argument 'kapa'"),
+        ({"method": "straight-through", "options": {"learning_rate": 0.0}}, "learning_rate must be above 0"),
+        ({"method": "covariance", "options": {"power": 2.0}}, "power must lie between 0 and 1"),
+        ({"method": "frank-wolfe", "options": {"max_steps": -1}}, "max_steps must be a whole number"),
     ],
 )
 def test_bad_arguments(arguments, match):

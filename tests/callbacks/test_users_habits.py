@@ -94,7 +94,7 @@ def test_batch_norm_held_in_evaluation_mode_keeps_its_statistics(tmp_path):
 
 
 def test_frozen_parameters_stay_bit_for_bit(tmp_path):
-    module, merge = UserModule(), RebasinMerge(alpha=0.3, method="sinkhorn", steps=3)
+    module, merge = UserModule(), RebasinMerge(alpha=0.3, method="sinkhorn", options={"steps": 3})
 
     def freeze(module):
         module.net[1].requires_grad_(False)
@@ -163,7 +163,7 @@ def test_merge_that_fails_leaves_what_was_trained(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise MemoryError("no room for statistics")
 
-    monkeypatch.setattr("lit_rebasin.callbacks.rebasin_merge.reestimate_batch_norm", fails)
+    monkeypatch.setattr("lit_rebasin.callbacks.correction.reestimate_batch_norm", fails)
     with pytest.raises(MemoryError, match="no room"):
         make_trainer(tmp_path, keep, merge).fit(module, loader(shift=1))
     now = tensors(module)
@@ -190,7 +190,7 @@ def test_random_states_go_on_as_without_a_merge(tmp_path):
         module = Mixes()
         generator = torch.Generator().manual_seed(3)
         data = DataLoader(digits(), batch_size=100, shuffle=True, generator=generator)
-        callback = RebasinMerge(method="sinkhorn", steps=3) if merges else Callback()
+        callback = RebasinMerge(method="sinkhorn", options={"steps": 3}) if merges else Callback()
         if merges:
             make_trainer(tmp_path, callback).fit(module, loader())
         states.clear()

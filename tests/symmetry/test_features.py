@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from lit_rebasin import PermutationSpec, permutation_spec, permute
 from lit_rebasin.symmetry import FeatureReader
+from lit_rebasin.symmetry.spec import tensors_of
 
 
 class Conv(nn.Module):
@@ -38,7 +39,7 @@ def mlp(seed=0):
 
 def test_neurons_are_read_behind_their_activation_function():
     model, x = mlp(), torch.randn(7, 4)
-    features = FeatureReader(model, permutation_spec(model, x)).read(model, (x,))
+    features = FeatureReader(model, permutation_spec(model, x)).read(tensors_of(model), (x,))
     torch.testing.assert_close(features.groups["0"], [model[:2](x).T])
     torch.testing.assert_close(features.groups["2"], [model[:4](x).T])
     expected = {"0.weight": [x], "2.weight": [model[:2](x)], "4.weight": [model[:4](x)]}
@@ -49,7 +50,7 @@ def test_channels_of_convolutions_at_every_position():
     torch.manual_seed(0)
     model, x = Conv().eval(), torch.randn(2, 3, 6, 6)
     spec = permutation_spec(model, x)
-    features = FeatureReader(model, spec).read(model, (x,))
+    features = FeatureReader(model, spec).read(tensors_of(model), (x,))
     model(x)
     assert features.layers["first.weight"][0].shape == (2 * 6 * 6, 3)
     torch.testing.assert_close(features.layers["grouped.weight"][0], model.seen.movedim(1, -1).flatten(0, -2))
@@ -68,7 +69,10 @@ def test_features_move_as_the_groups_do(make):
     spec = permutation_spec(model, x)
     permutations = spec.random(generator=torch.Generator().manual_seed(1))
     reader = FeatureReader(model, spec)
-    before, after = reader.read(model, (x,)).groups, reader.read(permute(model, spec, permutations), (x,)).groups
+    before, after = (
+        reader.read(tensors_of(model), (x,)).groups,
+        reader.read(tensors_of(permute(model, spec, permutations)), (x,)).groups,
+    )
     assert set(before) == set(spec.groups)
     for name, values in before.items():
         assert values
@@ -83,7 +87,7 @@ def test_other_weights_and_other_sizes_of_batches():
     reader = FeatureReader(model, permutation_spec(model, torch.randn(3, 4)))
     for size in (3, 8, 3):
         x = torch.randn(size, 4)
-        torch.testing.assert_close(reader.read(other, (x,)).groups["0"], [other[:2](x).T])
+        torch.testing.assert_close(reader.read(tensors_of(other), (x,)).groups["0"], [other[:2](x).T])
 
 
 def test_the_network_is_left_alone():
@@ -91,7 +95,7 @@ def test_the_network_is_left_alone():
     model, x = Conv().train(), torch.randn(2, 3, 6, 6)
     reader = FeatureReader(model, permutation_spec(model, x))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    reader.read(model, (x,))
+    reader.read(tensors_of(model), (x,))
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -103,4 +107,4 @@ def test_a_network_that_cannot_be_exported_says_so():
 
     model = Branch(4, 4)
     with pytest.raises(ValueError, match="cannot be exported"):
-        FeatureReader(model, PermutationSpec()).read(model, (torch.randn(2, 4),))
+        FeatureReader(model, PermutationSpec()).read(tensors_of(model), (torch.randn(2, 4),))

@@ -1,0 +1,28 @@
+"""What a merged model gets beyond averaged weights: statistics of its own."""
+
+import torch
+
+from lit_rebasin.callbacks.merge import MergeOutcome
+from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
+from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm, repair, reset_batch_norm
+
+
+def correct(module: torch.nn.Module, step: StepLoss, outcome: MergeOutcome, statistics: str) -> None:
+    """Correct the statistics of a module that holds the weights of a merge, in place; what is logged of it follows.
+
+    Args:
+        module: The module.
+        step: Its training step.
+        outcome: The merge.
+        statistics: One of ``STATISTICS``.
+    """
+    batches = outcome.batches
+    if statistics == "reestimate" and has_batch_norm(module):
+        reestimate_batch_norm(module, step, batches)
+    elif statistics == "data-free":
+        reset_batch_norm(module, outcome.path, outcome.alpha, step, batches[0])
+    elif statistics in ("repair", "rescale"):
+        repair(module, outcome.path, outcome.alpha, step, batches, mean=statistics == "repair")
+        loss, logged = step.mean(named_tensors(module), batches)
+        outcome.numbers["loss_after"] = float(loss)
+        outcome.numbers.update({f"{name}_after": value for name, value in logged.items()})

@@ -1,0 +1,115 @@
+"""The arguments of the callback, checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rebasin.alignment import DISTANCES, LOSS_COSTS, METHODS, Problem, add_residual, check_method, find, l2_cost
+from lit_rebasin.symmetry import Features, PermutationSpec
+from lit_rebasin.transport import Schedule
+
+Method = Literal["identity", "weights", "covariance", "activations", "frank-wolfe", "straight-through", "sinkhorn"]
+COSTS = (*LOSS_COSTS, *DISTANCES)
+ALPHAS = ("line-search", "fisher", "layer-fisher")
+STATISTICS = ("reestimate", "repair", "rescale", "data-free", "none")
+# The residual is trained for the soft network, which must be near the hard one from the start: with this logit a neuron holds 92 % of its row
+# at width 256.
+_SINKHORN = {"sharpness": 8.0, "noise": 0.0, "learning_rate": 0.1}
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """The arguments of `RebasinMerge`."""
+
+    alpha: float | str
+    method: str
+    cost: str | None
+    init: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    statistics: str = "reestimate"
+    batches: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, str):
+            _check("alpha", self.alpha, ALPHAS, "a number in [0, 1], or ")
+        elif not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is the weight of the previous model and must lie in [0, 1], got {self.alpha}.")
+        _check("method", self.method, METHODS)
+        if self.cost is not None:
+            _check("cost", self.cost, COSTS)
+            if not self.takes_cost:
+                raise ValueError(f"method {self.method!r} takes no cost; leave it out.")
+        if self.init is not None:
+            _check("init", self.init, METHODS)
+        _check("statistics", self.statistics, STATISTICS)
+        check_method(self.method, self.options, residual=self.method == "sinkhorn" and self.used_cost == "incremental")
+        try:
+            _try(self.method, self.used_options)
+        except TypeError as error:
+            raise ValueError(
+                f"An option of method {self.method!r} has a value that it cannot take: {error}."
+            ) from error
+        if self.batches < 1:
+            raise ValueError(f"batches must be at least 1, got {self.batches}.")
+
+    @property
+    def takes_cost(self) -> bool:
+        """Whether the method trains permutations on a cost."""
+        return METHODS[self.method][1] == "labels"
+
+    @property
+    def used_cost(self) -> str:
+        """The cost that the method minimises, where it takes one."""
+        return self.cost or "incremental"
+
+    @property
+    def used_options(self) -> dict[str, Any]:
+        """The options of the method, with what differs from `align` in a stream of tasks."""
+        schedule = self.options.get("schedule")
+        named = {"schedule": Schedule(**schedule)} if isinstance(schedule, Mapping) else {}
+        return {**(_SINKHORN if self.method == "sinkhorn" else {}), **self.options, **named}
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the method, or its start, needs what the network computes."""
+        start = self.init or METHODS[self.method][2]
+        return "inputs" in (METHODS[self.method][1], METHODS[start][1])
+
+    @property
+    def measures_fisher(self) -> bool:
+        """Whether alpha comes of the Fisher information."""
+        return self.alpha in ("fisher", "layer-fisher")
+
+    @property
+    def point(self) -> float:
+        """The alpha of the incremental cost: where it is chosen after the alignment, the published midpoint."""
+        return 0.5 if isinstance(self.alpha, str) else self.alpha
+
+
+def _try(method: str, options: Mapping[str, Any]) -> None:
+    """Let a method refuse its options now, on two networks of two neurons, rather than after a task."""
+    weights = {"weight": torch.eye(2)}
+    spec = PermutationSpec.from_axes({"weight": ("neurons", None)}, weights)
+    shortened = {
+        name: min(value, 1) if name == "steps" and isinstance(value, int) else value for name, value in options.items()
+    }
+
+    residual = {"weight": torch.zeros(2, 2, requires_grad=True)}
+
+    def distance(permuted: Mapping[str, Tensor]) -> Tensor:
+        return l2_cost(add_residual(permuted, residual), weights)
+
+    features = Features({"neurons": [torch.eye(2)]}, {})
+    problem = Problem(
+        weights, weights, list(weights), spec, lambda *_: [features], lambda: (distance, distance), residual
+    )
+    find(problem, method, None, 0, shortened)
+
+
+def _check(argument: str, value: str, known: Any, also: str = "") -> None:
+    if value not in known:
+        raise ValueError(f"{argument} must be {also}one of {', '.join(known)}, got {value!r}.")

@@ -1,0 +1,81 @@
+"""What a LightningModule's training step computes on a batch, neuron by neuron."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
+from lit_rebasin.symmetry import FeatureReader, Features, Group, PermutationSpec
+
+# Where the module's tensors are in a module that runs its training step.
+_PREFIX = "step.module."
+
+
+class StepFeatures:
+    """Reads the features of networks from the graph of ``training_step``, so that it may call them in any way.
+
+    Use inside :meth:`StepLoss.quiet`.
+
+    Args:
+        step: The training step.
+        spec: The symmetries of its module.
+    """
+
+    def __init__(self, step: StepLoss, spec: PermutationSpec) -> None:
+        self.step, self.spec = step, _prefixed(spec)
+        self._readers: dict[str, FeatureReader] = {}
+
+    def read(self, weights: Mapping[str, Tensor], batch: Any, averaged: Collection[str] = ()) -> Features:
+        """Return the features of a network on one batch, in evaluation mode.
+
+        Args:
+            weights: Parameters and buffers of the module by name.
+            batch: A training batch, on the device of the weights.
+            averaged: Groups whose neurons are averaged over what else their dimension holds.
+
+        Raises:
+            ValueError: If the training step cannot be exported.
+        """
+        leaves, structure = pytree.tree_flatten(batch)
+        key = repr(structure)
+        if key not in self._readers:
+            self._readers[key] = FeatureReader(_OfLeaves(self.step, structure), self.spec)
+        held = {_PREFIX + name: tensor for name, tensor in weights.items()}
+        with self.step.silent():
+            found = self._readers[key].read(held, tuple(leaves), averaged)
+        return Features(found.groups, {name.removeprefix(_PREFIX): value for name, value in found.layers.items()})
+
+
+def check_readable(step: StepLoss, spec: PermutationSpec, batch: Any) -> None:
+    """Raise a MisconfigurationException where features cannot be read."""
+    with step.quiet():
+        try:
+            StepFeatures(step, spec).read(named_tensors(step.module), batch)
+        except ValueError as error:
+            raise MisconfigurationException(
+                "The methods covariance and activations compare what networks compute in training_step, whose graph cannot be had: choose "
+                f"another method for RebasinMerge. {error}"
+            ) from error
+
+
+class _OfLeaves(nn.Module):
+    """A training step as a module whose inputs are the parts of a batch of any form."""
+
+    def __init__(self, step: StepLoss, structure: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.step, self.structure = step, structure
+
+    def forward(self, *leaves: Any) -> Tensor:
+        return self.step(pytree.tree_unflatten(list(leaves), self.structure))
+
+
+def _prefixed(spec: PermutationSpec) -> PermutationSpec:
+    groups = {}
+    for name, group in spec.groups.items():
+        axes = tuple(replace(axis, tensor=_PREFIX + axis.tensor) for axis in group.axes)
+        groups[name] = Group(name, group.size, axes)
+    return PermutationSpec(groups, {_PREFIX + axis: reason for axis, reason in spec.fixed.items()})

@@ -1,0 +1,66 @@
+"""The diagonal Fisher information of a training step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.merging import SquaredGradients
+from lit_rebasin.merging.data import evaluating
+
+# Examples that a merge measures it on. The sums of it that choose an alpha run over all weights, so they need few.
+_EXAMPLES = 256
+
+
+def step_fisher(step: StepLoss, weights: Mapping[str, Tensor], batches: Sequence[Any]) -> dict[str, Tensor]:
+    """Return the mean over examples of the squared gradients of ``training_step`` on one example: the empirical Fisher information.
+
+    BatchNorm uses its running statistics, for one example has none. Use inside :meth:`StepLoss.quiet`.
+
+    Args:
+        step: The training step.
+        weights: All parameters and buffers.
+        batches: Training batches, of which some 256 examples are taken in equal shares.
+
+    Returns:
+        For every parameter that takes a gradient, by name, a tensor of its shape.
+
+    Raises:
+        ValueError: If the tensors of a batch do not hold one example along their first dimension each.
+    """
+    measured = {name: weights[name] for name, parameter in step.module.named_parameters() if parameter.requires_grad}
+    totals = {name: torch.zeros_like(tensor) for name, tensor in measured.items()}
+    examples = 0
+    with evaluating(step.module), step.silent():
+        for batch in batches:
+            leaves, structure = pytree.tree_flatten(batch)
+            places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
+            count = min(_length([leaves[k] for k in places]), -(-_EXAMPLES // len(batches)))
+
+            def loss(
+                measured: dict[str, Tensor], *example: Tensor, leaves: Any = leaves, structure: Any = structure
+            ) -> Tensor:
+                given = iter(example)
+                single = [
+                    next(given).unsqueeze(0) if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in leaves
+                ]
+                return step.at({**weights, **measured}, pytree.tree_unflatten(single, structure))
+
+            squares = SquaredGradients(loss)(measured, *(leaves[k][:count] for k in places))
+            for name, square in squares.items():
+                totals[name] += square
+            examples += count
+    return {name: total / examples for name, total in totals.items()}
+
+
+def _length(tensors: Sequence[Tensor]) -> int:
+    lengths = {len(tensor) for tensor in tensors}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"The tensors of a training batch have {sorted(lengths)} entries along their first dimension, so that its examples cannot be told "
+            "apart, as the Fisher information needs: give alpha a number, or line-search."
+        )
+    return lengths.pop()
