@@ -1,4 +1,4 @@
-"""Carry one MNIST network towards another by one method, in a process of its own: two of the peers install a module called `rebasin`.
+"""Carry one network towards another by one method, in a process of its own: two of the peers install a module called `rebasin`.
 
 Used by linear_mode_connectivity.py. As a script it reads a folder with both networks and the data, writes the permuted network beside them, and
 prints one JSON line: CPU seconds and how far the process grew.
@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from cifar_networks import NETWORKS
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -44,7 +45,7 @@ PEERS = {
     "sinkhorn-rebasin, L2, lr 1": ("sinkhorn", "l2"),
     "snimu's rebasin, weights": ("snimu", ""),
 }
-EPOCHS, BATCH, L2_STEPS = 20, 1000, 100
+EPOCHS, BATCH, PICTURES, L2_STEPS = 20, 1000, 250, 100
 
 
 class Measured:
@@ -63,7 +64,14 @@ class Measured:
         return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
-def network(width):
+def network(kind):
+    """Return an untrained network: an MNIST MLP of a width, or a CIFAR network by name."""
+    if isinstance(kind, str):
+        return NETWORKS[kind]()
+    return mlp(kind)
+
+
+def mlp(width):
     widths = (784, width, width, width, 10)
     layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
@@ -72,9 +80,10 @@ def network(width):
 def by_ours(name, model, reference, inputs, targets):
     from lit_rebasin import align, permutation_spec, permute
 
-    permutation_spec(network(4), inputs[:2])  # what torch loads for its first export is no part of a method
+    permutation_spec(mlp(4), torch.zeros(2, 784))  # what torch loads for its first export is no part of a method
     measured = Measured()
-    data = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
+    batch = BATCH if inputs.ndim == 2 else PICTURES
+    data = list(zip(inputs.split(batch), targets.split(batch), strict=True))
     spec = permutation_spec(reference, inputs[:2])
     found = align(model, reference, spec=spec, data=data, **OURS[name])
     return permute(model, spec, found.permutations), measured.end()
@@ -85,7 +94,7 @@ def by_sinkhorn_rebasin(kind, model, reference, inputs, targets):
     from rebasin.loss import DistL2Loss, MidLoss, RndLoss
 
     measured = Measured()
-    net = RebasinNet(copy.deepcopy(model), (1, 784))
+    net = RebasinNet(copy.deepcopy(model), (1, *inputs.shape[1:]))
     if kind == "l2":
         net.identity_init()
     optimizer = torch.optim.AdamW(net.p.parameters(), lr=1.0 if kind == "l2" else 0.1)
@@ -127,7 +136,7 @@ def carry(name, folder):
     """Run one method; write what it made of the model."""
     kept = torch.load(folder / "data.pt")
     inputs, targets = kept["inputs"], kept["targets"]
-    model, reference = (network(kept["width"]) for _ in range(2))
+    model, reference = (network(kept["network"]).eval() for _ in range(2))
     model.load_state_dict(torch.load(folder / "model.pt"))
     reference.load_state_dict(torch.load(folder / "reference.pt"))
     if name in OURS:
@@ -140,7 +149,7 @@ def carry(name, folder):
     return figures
 
 
-def run(name, folder, peers):
+def by_process(name, folder, peers):
     """Return what a process of its own measures, or how it failed."""
     command = [sys.executable, __file__, name, str(folder)]
     if name in PEERS:

@@ -1,154 +1,40 @@
 """How high is the barrier between independently trained networks after each way of aligning them, and what does it cost?
 
-Pairs of MNIST MLPs with three hidden layers. Writes a table and a figure to docs/results/linear_mode_connectivity.{json,md,png}. Run:
+Three parts, each with a page and a figure in docs/results: MNIST networks of several widths (`widths`), convolutional networks on CIFAR-100
+with and without statistics of the merge's own (`cifar`), and Ferbach et al.'s experiment over learning rates (`rates`). Run:
 
-    python benchmarks/linear_mode_connectivity.py --data_dir DIR --peer sinkhorn=FOLDER --peer snimu=FOLDER
+    python benchmarks/linear_mode_connectivity.py --data_dir DIR --cifar FILE.npz --peer sinkhorn=FOLDER --peer snimu=FOLDER
 
-The peers' folders are made as peers.md says; one that is not named is left out.
+The peers' folders are made as peers.md says; one that is not named is left out. FILE.npz holds x_train, y_train, x_test, y_test.
 """
 
 import argparse
-import json
-import tempfile
 from pathlib import Path
-from statistics import median
 
-import matplotlib
-
-matplotlib.use("agg")
+import connectivity_cifar
+import connectivity_rates
+import connectivity_widths
 import torch
-from connectivity_methods import OURS, PEERS, network, run
-from matplotlib import pyplot as plt
-from torch.nn.functional import cross_entropy
-from torchvision.datasets import MNIST
 
-from lit_rebasin import LinearPath, loss_barrier
-
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "linear_mode_connectivity.md"
-PAIRS = ((0, 1), (2, 3), (4, 5))
-EPOCHS, BATCH, SHOWN = 5, 500, 10_000
-# At the widths of the figure alone, only these.
-FIGURE = ("identity", "weights", "covariance", "activations", "sinkhorn, midpoint")
-
-
-def images(data_dir, train):
-    kept = MNIST(data_dir, train=train)
-    return ((kept.data.float() / 255 - 0.1307) / 0.3081).flatten(1), kept.targets
-
-
-def trained(width, seed, inputs, targets):
-    torch.manual_seed(seed)
-    model = network(width)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(EPOCHS):
-        for order in torch.randperm(len(inputs)).split(BATCH):
-            optimizer.zero_grad()
-            cross_entropy(model(inputs[order]), targets[order]).backward()
-            optimizer.step()
-    return model.eval()
-
-
-def measure(name, model, reference, width, train, test, peers):
-    """Return barriers on the test images, CPU seconds and memory of one method on one pair."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        torch.save({"width": width, "inputs": train[0][:SHOWN], "targets": train[1][:SHOWN]}, folder / "data.pt")
-        torch.save(model.state_dict(), folder / "model.pt")
-        torch.save(reference.state_dict(), folder / "reference.pt")
-        found = run(name, folder, peers)
-        moved = network(width)
-        moved.load_state_dict(torch.load(folder / "moved.pt"))
-    losses = loss_barrier(LinearPath(reference, moved), [test])
-    with torch.no_grad():
-        change = float((moved(test[0][:500]) - model(test[0][:500])).abs().max())
-    return {
-        "loss": losses.barrier,
-        "accuracy": 100 * losses.accuracy_barrier,
-        "area": losses.area,
-        "change": change,
-        **found,
-    }
-
-
-def table(kept, width):
-    rows = [
-        "| method | loss barrier | accuracy barrier, points | area | CPU s | MB |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, pairs in kept[str(width)].items():
-        cells = [median(pair[key] for pair in pairs) for key in ("loss", "accuracy", "area", "seconds", "megabytes")]
-        low, high = (pick(pair["loss"] for pair in pairs) for pick in (min, max))
-        rows.append(
-            f"| {name} | {cells[0]:.4f} [{low:.4f}, {high:.4f}] | {cells[1]:.2f} | {cells[2]:.4f} | {cells[3]:.2f} | {cells[4]:.0f} |"
-        )
-    return "\n".join(rows)
-
-
-def write(kept, command, path):
-    widths = [width for width, methods in kept.items() if len(methods) > len(FIGURE)]
-    parts = [
-        "# Barriers between independently trained networks",
-        f"MNIST, 784-w-w-w-10 with ReLU, {EPOCHS} epochs AdamW 1e-3, batch {BATCH}; pairs of seeds {', '.join(map(str, PAIRS))}, the "
-        "first the reference. Loss barrier on the 10,000 test images at 21 points: the largest excess over the straight line between the "
-        "ends, points between them only, so negative where every merge beats the line. Medians over the pairs, of the loss [least, "
-        f"largest] too. Methods that need data get {SHOWN:,} training images, those that need labels with labels (sinkhorn-rebasin nine "
-        "tenths of them, as in its examples). CPU seconds of the whole call with one thread, tracing included; MB by which the process "
-        "grew. Each method on each pair in a process of its own. No setting was chosen on these pairs: ours were chosen on pairs of the "
-        "seeds 10 to 15 at widths 32, 64 and 128.",
-        f"Made by `{command}`.",
-    ]
-    for width in widths:
-        parts += [f"## Width {width}", table(kept, width)]
-    parts += ["## By width", "![barrier by width](linear_mode_connectivity.png)"]
-    path.write_text("\n\n".join(parts) + "\n")
-
-
-def draw(kept, path):
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    widths = sorted(map(int, kept))
-    for name in FIGURE:
-        values = [median(pair["loss"] for pair in kept[str(width)][name]) for width in widths]
-        label = "not aligned" if name == "identity" else name
-        axes.plot(widths, values, marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(widths, [str(width) for width in widths])
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("width of the hidden layers")
-    axes.set_ylabel("test loss barrier, median of 3 pairs")
-    axes.set_title("Linear connectivity of MNIST networks after alignment")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+PARTS = {"widths": connectivity_widths.run, "cifar": connectivity_cifar.run, "rates": connectivity_rates.run}
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="folder with torchvision's MNIST")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to run")
+    parser.add_argument("--data_dir", help="folder with torchvision's MNIST, for widths and rates")
+    parser.add_argument("--cifar", help="file with the arrays of CIFAR-100, for cifar")
+    parser.add_argument("--networks", type=Path, help="folder where trained CIFAR networks are kept and looked for")
     parser.add_argument("--peer", action="append", default=[], help="sinkhorn=FOLDER or snimu=FOLDER")
     parser.add_argument("--widths", default="128,512", help="widths at which every method is run")
     parser.add_argument("--figure_widths", default="32,64,256,1024", help="more widths for the figure")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
+    options.peers = dict(peer.split("=", 1) for peer in options.peer)
     torch.set_num_threads(1)
-    peers = dict(peer.split("=", 1) for peer in options.peer)
-    train, test = images(options.data_dir, train=True), images(options.data_dir, train=False)
-    kept = {}
-    full, more = ([int(w) for w in words.split(",") if w] for words in (options.widths, options.figure_widths))
-    for width in [*full, *more]:
-        every = [*OURS, *(name for name in PEERS if PEERS[name][0] in peers)] if width in full else FIGURE
-        kept[str(width)] = {name: [] for name in every}
-        for seeds in PAIRS:
-            reference, model = (trained(width, seed, *train) for seed in seeds)
-            for name in every:
-                found = measure(name, model, reference, width, train, test, peers)
-                kept[str(width)][name].append(found)
-                print(width, seeds, name, {key: round(value, 4) for key, value in found.items()}, flush=True)
-            options.output.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
-    command = "python benchmarks/linear_mode_connectivity.py --data_dir DIR"
-    command += "".join(f" --peer {name}=FOLDER" for name in peers)
-    write(kept, command, options.output)
-    draw(kept, options.output.with_suffix(".png"))
+    for part in options.parts.split(","):
+        PARTS[part](options)
 
 
 if __name__ == "__main__":

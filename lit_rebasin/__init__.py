@@ -44,6 +44,7 @@ _HOMES = {
     "plan_entropy": "transport",
     "reestimate_batch_norm": "merging",
     "repair": "merging",
+    "repair_many": "merging",
     "reset_batch_norm": "merging",
     "round_to_polytope": "transport",
     "sinkhorn": "transport",
@@ -88,6 +89,7 @@ __all__ = [
     "plan_entropy",
     "reestimate_batch_norm",
     "repair",
+    "repair_many",
     "reset_batch_norm",
     "round_to_polytope",
     "sinkhorn",
@@ -134,6 +136,7 @@ if TYPE_CHECKING:
         merge_many,
         reestimate_batch_norm,
         repair,
+        repair_many,
         reset_batch_norm,
     )
     from lit_rebasin.symmetry import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute

@@ -1,14 +1,14 @@
 """What a merge has corrected before it is measured and written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.matching import Setting
-from lit_rebasin.merging import LinearPath, has_batch_norm, reestimate_batch_norm, repair, reset_batch_norm
+from lit_rebasin.merging import LinearPath, has_batch_norm, reestimate_batch_norm, repair, repair_many, reset_batch_norm
 from lit_rebasin.merging.data import evaluating
 
 NEED_DATA = ("repair", "rescale", "reestimate")
@@ -42,6 +42,13 @@ class Correction:
             )
         return None
 
+    def of_many(self, merged: nn.Module, members: Sequence[Mapping[str, Tensor]]) -> None:
+        """Change a merge of permuted members in place."""
+        if self.name in ("repair", "rescale"):
+            repair_many(merged, members, merged, self.setting.inputs, mean=self.name == "repair")
+        elif self.name == "reestimate":
+            self.reestimate(merged)
+
     def reestimate(self, merged: nn.Module) -> None:
         """Estimate the running statistics of BatchNorm on the data; all else runs as in evaluation."""
         with evaluating(merged):
@@ -52,7 +59,7 @@ class Correction:
 
 
 def correction(name: str | None, setting: Setting) -> Correction:
-    """Return the correction of a name, or what fits the network and the data: of two checkpoints, repair with data.
+    """Return the correction of a name, or what fits the network and the data: repair where there is data.
 
     Raises:
         UsageError: If it is unknown, or the data, the network or the number of checkpoints does not fit it.
@@ -61,10 +68,8 @@ def correction(name: str | None, setting: Setting) -> Correction:
     name = name or _fitting(data, norm, two)
     if name not in NAMES:
         raise UsageError(f"--statistics must be one of {', '.join(NAMES)}, got {name}")
-    if not two and name not in ("none", "reestimate"):
-        raise UsageError(
-            f"--statistics {name} is for two checkpoints, got {len(setting.networks)}; use none or reestimate"
-        )
+    if not two and name == "data-free":
+        raise UsageError(f"--statistics data-free is for two checkpoints, got {len(setting.networks)}")
     if name in NEED_DATA and not data:
         raise UsageError(f"--statistics {name} needs data: give --data FILE.npz with the array x")
     if name in NEED_BATCH_NORM and not norm:
@@ -73,6 +78,6 @@ def correction(name: str | None, setting: Setting) -> Correction:
 
 
 def _fitting(data: bool, norm: bool, two: bool) -> str:
-    if data and (two or norm):
-        return "repair" if two else "reestimate"
+    if data:
+        return "repair"
     return "data-free" if two and norm else "none"

@@ -18,6 +18,7 @@ from lit_rebasin.cli.progress import working
 from lit_rebasin.merging import has_batch_norm, merge_many
 from lit_rebasin.merging.many import METHODS
 from lit_rebasin.merging.path import weights_of, write_weights
+from lit_rebasin.symmetry import permute
 
 
 def merge_several(words: Words) -> None:
@@ -36,8 +37,11 @@ def merge_several(words: Words) -> None:
         found = merge_many(setting.networks, setting.traced.spec, method=options.method, seed=options.seed, **chosen)
     merged = copy.deepcopy(setting.networks[0])
     write_weights(merged, found.weights)
-    if corrected.name == "reestimate":
-        corrected.reestimate(merged)
+    members = [
+        permute(weights_of(network), setting.traced.spec, own)
+        for network, own in zip(setting.networks, found.permutations, strict=True)
+    ]
+    corrected.of_many(merged, members)
     rows: list[Row] = [("spread of the weights", number(found.history[0]), number(min(found.history)))]
     if setting.examples is not None and setting.examples.labelled:
         rows += _member_rows(setting) + merge_rows(setting.examples, [_average(setting.networks), merged])

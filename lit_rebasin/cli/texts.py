@@ -139,7 +139,7 @@ each and of the merge, if there is data, and draw the path between two.
  --alpha A                   weight of B, the reference, in [0, 1] (0.5); or line-search, the lowest loss on the path, which needs x and y;
                              or fisher, by the curvatures at both ends, which needs x
  --statistics NAME           what the merge has corrected: none; repair, rescale or reestimate (BatchNorm alone), which need x; data-free
-                             (BatchNorm, without data). Of more than two: none or reestimate. Default: repair with data; without,
-                             data-free for networks with BatchNorm, else none
+                             (BatchNorm, without data, of two). Default: repair with data; without, data-free for two networks with
+                             BatchNorm, else none
 {ARCHITECTURE}{MATCHING}{WRITING}""",
 }

@@ -5,7 +5,7 @@ from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, lay
 from lit_rebasin.merging.fisher import SquaredGradients, diagonal_fisher
 from lit_rebasin.merging.many import ManyMerge, merge_many
 from lit_rebasin.merging.path import LinearPath, PathLosses
-from lit_rebasin.merging.repair import repair
+from lit_rebasin.merging.repair import repair, repair_many
 from lit_rebasin.merging.reset import reset_batch_norm
 from lit_rebasin.merging.statistics import has_batch_norm, reestimate_batch_norm
 
@@ -24,5 +24,6 @@ __all__ = [
     "merge_many",
     "reestimate_batch_norm",
     "repair",
+    "repair_many",
     "reset_batch_norm",
 ]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import isfinite
 from time import perf_counter
 
 import torch
@@ -18,6 +17,7 @@ from lit_rebasin.merging.common_frame import (
     cycle_consistent_frame,
     merge_many_frame,
 )
+from lit_rebasin.merging.path import even_shares
 from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.symmetry.spec import tensors_of
 
@@ -69,8 +69,8 @@ def merge_many(
       regularized barycenter (Chizat, arXiv 2303.11844). The barycenter only decides which neurons belong together: what is averaged are
       the permuted models, not the particles, which are blurred. It ends with a larger spread than the other two.
 
-    Networks with BatchNorm need its statistics re-estimated afterwards:
-    :func:`~lit_rebasin.merging.statistics.reestimate_batch_norm`.
+    The merge puts out less variance than its members do: :func:`~lit_rebasin.merging.repair_many` restores it, with some inputs. Networks with
+    BatchNorm need at least its statistics re-estimated, :func:`~lit_rebasin.merging.reestimate_batch_norm`.
 
     Args:
         models: At least two modules or mappings of weights by name. Parameters are matched; of a mapping, all tensors of floating point but
@@ -92,7 +92,7 @@ def merge_many(
     started = perf_counter()
     tensors, matched = _read(models)
     spec.validate(tensors[0])
-    shares = _shares(weights, len(tensors))
+    shares = even_shares(weights, len(tensors))
     restricted = restrict(spec, matched[0])
     moving = PermutationSpec({name: group for name, group in restricted.groups.items() if group.axes})
     frame = _frame(Members(in_units(matched), shares, moving), method, seed, max_steps)
@@ -143,14 +143,6 @@ def _matched(model: nn.Module | Mapping[str, Tensor]) -> list[str]:
     if isinstance(model, nn.Module):
         return [name for name, _ in model.named_parameters()]
     return [name for name in model if name.rpartition(".")[2] not in _STATISTICS]
-
-
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return the share of each model, which sum to one."""
-    numbers = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(numbers) != count or not all(number > 0 and isfinite(number) for number in numbers):
-        raise ValueError(f"weights must be one positive number for each of the {count} models, got {weights}.")
-    return [number / sum(numbers) for number in numbers]
 
 
 def _average(models: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """The linear path between two models, and the loss along it."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,14 @@ def _number(alpha: float, argument: str) -> float:
     if not 0 <= alpha <= 1:
         raise ValueError(f"{argument} is the weight of the previous model and must lie in [0, 1], got {alpha}.")
     return alpha
+
+
+def even_shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return the share of each model, which sum to one."""
+    numbers = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(numbers) != count or not all(number > 0 and isfinite(number) for number in numbers):
+        raise ValueError(f"weights must be one positive number for each of the {count} models, got {weights}.")
+    return [number / sum(numbers) for number in numbers]
 
 
 def grid(points: int) -> Tensor:

@@ -1,7 +1,8 @@
 """REPAIR and RESCALE: give the channels of a merged network the spread that those of its endpoints have."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.merging.data import evaluating, hooks
 from lit_rebasin.merging.moments import Moments, along_channels, channels_of, fuse, rows_of
-from lit_rebasin.merging.path import LinearPath, alpha_of, weights_of, write_weights
+from lit_rebasin.merging.path import LinearPath, alpha_of, even_shares, weights_of, write_weights
 from lit_rebasin.merging.statistics import reestimate_batch_norm
 
 Forward = Callable[[Any], Any]
@@ -60,21 +61,70 @@ def repair(
         ValueError: If ``merged`` and the path differ in tensors or share memory, there are no batches, or an output is NaN or infinite.
         Exception: Whatever ``forward`` raises. The merged network is then what it was.
     """
+    ends = [
+        _End(path.previous, lambda name: alpha_of(alpha, name)),
+        _End(path.new, lambda name: 1 - alpha_of(alpha, name)),
+    ]
+    return _repair(merged, ends, forward, batches, mean)
+
+
+def repair_many(
+    merged: nn.Module,
+    members: Sequence[Mapping[str, Tensor] | nn.Module],
+    forward: Forward,
+    batches: Iterable[Any],
+    *,
+    weights: Sequence[float] | None = None,
+    mean: bool = True,
+) -> list[str]:
+    """Correct a merge of many as :func:`repair` does one of two: the goals are the mean of the members' moments.
+
+    Args:
+        merged: The merged network, changed in place.
+        members: The networks that were averaged, permuted into one frame: modules, or weights and buffers by name.
+        forward: As of :func:`repair`.
+        batches: As of :func:`repair`; read once for every member, and once more.
+        weights: The share of each member up to scale, as of :func:`~lit_rebasin.merging.merge_many`. Default: even.
+        mean: Whether to correct means too.
+
+    Returns:
+        The names of the layers that were corrected.
+
+    Raises:
+        ValueError: As of :func:`repair`, or if there are no members, or not one positive weight for each.
+    """
+    if not members:
+        raise ValueError("members is empty: give the networks that were averaged.")
+    shares = even_shares(weights, len(members))
+    held = [weights_of(member) if isinstance(member, nn.Module) else member for member in members]
+    ends = [_End(one, lambda name, share=share: share) for one, share in zip(held, shares, strict=True)]  # type: ignore[misc]
+    return _repair(merged, ends, forward, batches, mean)
+
+
+@dataclass(frozen=True)
+class _End:
+    """A network that was averaged, and its share in the merge by tensor name."""
+
+    weights: Mapping[str, Tensor]
+    share: Callable[[str], float]
+
+
+def _repair(merged: nn.Module, ends: Sequence[_End], forward: Forward, batches: Iterable[Any], mean: bool) -> list[str]:
     batches = list(batches) if isinstance(batches, Iterator) else batches
     own = {name: tensor.clone() for name, tensor in weights_of(merged).items()}
-    check_endpoints(merged, path)
+    check_ends(merged, [end.weights for end in ends])
     finished = False
     try:
         with torch.no_grad(), evaluating(merged):
-            write_weights(merged, path.previous)
-            previous, fits = _observe(merged, forward, batches)
-            write_weights(merged, path.new)
-            new, _ = _observe(merged, forward, batches)
+            unchanged, observed = _unchanged(merged, ends), []
+            for end in ends:
+                write_weights(merged, end.weights)
+                observed.append(_observe(merged, forward, batches))
             write_weights(merged, own)
-            correction = _Correction(mean)
-            for name in (fits - _unchanged(merged, path)) & previous.keys() & new.keys():
-                share = alpha_of(alpha, f"{name}.weight")
-                correction.set_goal(name, previous[name], new[name], share)
+            names = set.intersection(*(fits for _, fits in observed)) - unchanged
+            correction = _Correction(
+                mean, {name: _goal(name, ends, [found for found, _ in observed]) for name in names}
+            )
             correction.run(merged, forward, batches)
             corrected = correction.fuse(merged)
         finished = True
@@ -84,15 +134,24 @@ def repair(
             write_weights(merged, own)
 
 
-def _unchanged(merged: nn.Module, path: LinearPath) -> set[str]:
-    """Return the layers that a merge has as both of its ends have them, such as frozen ones."""
+def _goal(name: str, ends: Sequence[_End], observed: Sequence[Mapping[str, Moments]]) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation that the outputs of a layer should have."""
+    shares = [end.share(f"{name}.weight") for end in ends]
+    moments = [found[name] for found in observed]
+    mean = torch.stack([share * one.mean for share, one in zip(shares, moments, strict=True)]).sum(0)
+    std = torch.stack([share * one.std for share, one in zip(shares, moments, strict=True)]).sum(0)
+    return mean, std
+
+
+def _unchanged(merged: nn.Module, ends: Sequence[_End]) -> set[str]:
+    """Return the layers that a merge has as all of its ends have them, such as frozen ones."""
     return {
         name
         for name, layer in channels_of(merged).items()
         if all(
-            torch.equal(end[f"{name}.{own}"].to(tensor.device), tensor)
+            torch.equal(end.weights[f"{name}.{own}"].to(tensor.device), tensor)
             for own, tensor in layer.named_parameters(recurse=False)
-            for end in (path.previous, path.new)
+            for end in ends
         )
     }
 
@@ -100,16 +159,9 @@ def _unchanged(merged: nn.Module, path: LinearPath) -> set[str]:
 class _Correction:
     """Normalises layers to their goals, batch by batch, and then for good."""
 
-    def __init__(self, mean: bool) -> None:
-        self.mean = mean
-        self.goals: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, mean: bool, goals: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.mean, self.goals = mean, goals
         self.moments: dict[str, Moments] = {}
-
-    def set_goal(self, name: str, previous: Moments, new: Moments, alpha: float) -> None:
-        self.goals[name] = (
-            alpha * previous.mean + (1 - alpha) * new.mean,
-            alpha * previous.std + (1 - alpha) * new.std,
-        )
 
     def run(self, merged: nn.Module, forward: Forward, batches: Iterable[Any]) -> None:
         """Run the merged network with corrected layers, and BatchNorm as it does in training."""
@@ -193,13 +245,14 @@ def _observe(model: nn.Module, forward: Forward, batches: Iterable[Any]) -> tupl
     return moments, moments.keys() - unfit
 
 
-def check_endpoints(merged: nn.Module, path: LinearPath) -> None:
-    """Raise a ValueError unless a path has the tensors of a merged network, at places of their own."""
+def check_ends(merged: nn.Module, ends: Iterable[Mapping[str, Tensor]]) -> None:
+    """Raise a ValueError unless all ends have the tensors of a merged network, at places of their own."""
     own = weights_of(merged)
-    check_same_architecture(own, {name: tensor for name, tensor in path.new.items() if name in own})
     places = {tensor.data_ptr() for tensor in own.values() if tensor.numel()}
-    for name, tensor in [*path.previous.items(), *path.new.items()]:
-        if tensor.numel() and tensor.data_ptr() in places:
-            raise ValueError(
-                f"merged holds the very tensor {name!r} of an endpoint: give a copy, as path.module_at does."
-            )
+    for end in ends:
+        check_same_architecture(own, {name: tensor for name, tensor in end.items() if name in own})
+        for name, tensor in end.items():
+            if tensor.numel() and tensor.data_ptr() in places:
+                raise ValueError(
+                    f"merged holds the very tensor {name!r} of an endpoint: give a copy, as path.module_at does."
+                )

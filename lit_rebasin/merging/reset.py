@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lit_rebasin.merging.data import evaluating, hooks
 from lit_rebasin.merging.moments import channels_of, rows_of_weight
 from lit_rebasin.merging.path import LinearPath, alpha_of
-from lit_rebasin.merging.repair import check_endpoints
+from lit_rebasin.merging.repair import check_ends
 
 
 def reset_batch_norm(
@@ -46,7 +46,7 @@ def reset_batch_norm(
     Raises:
         ValueError: If ``merged`` and the path differ in tensors or share memory.
     """
-    check_endpoints(merged, path)
+    check_ends(merged, [path.previous, path.new])
     names = {module: name for name, module in merged.named_modules()}
     statistics = {
         norm: _statistics(layer, names[layer], names[norm], path, alpha)

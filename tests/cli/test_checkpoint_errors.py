@@ -148,7 +148,7 @@ CASES = [
     ([*MERGE, "--statistics", "magic"], 2, "--statistics must be one of none, repair, rescale, reestimate, data-free"),
     ([*MERGE, "--statistics", "repair"], 2, "--statistics repair needs data"),
     ([*MERGE, "--statistics", "data-free"], 2, "--statistics data-free is for BatchNorm, and .*mlp has none"),
-    ([*THREE, *INPUTS, "--statistics", "repair"], 2, "--statistics repair is for two checkpoints, got 3"),
+    ([*THREE, *INPUTS, "--statistics", "data-free"], 2, "--statistics data-free is for two checkpoints, got 3"),
     ([*THREE, "--alpha", "0.5"], 2, "--alpha is for two checkpoints, got 3"),
     # files to write
     (["merge", "a.pt", "b.pt", *MODEL, *SHAPE], 2, "merge needs the file to write, such as --output"),

@@ -14,6 +14,7 @@ from lit_rebasin.merging import (
     loss_barrier,
     reestimate_batch_norm,
     repair,
+    repair_many,
     reset_batch_norm,
 )
 
@@ -163,7 +164,7 @@ def test_merging_with_its_own_shuffled_copy_is_harmless(folder, capsys):
 def test_three_checkpoints_meet_in_the_frame_of_the_first(folder, method, capsys):
     networks = [drawn(seed) for seed in range(3)]
     files = [save(network.state_dict(), folder / f"{k}.pt") for k, network in enumerate(networks)]
-    words = ["--method", method, "--seed", "2", "--options.max_steps", "30"]
+    words = ["--method", method, "--seed", "2", "--options.max_steps", "30", "--statistics", "none"]
     data = save_examples(folder / "d.npz")
     assert main(["merge", *files, *MODEL, "--data", data, "--output", "m.safetensors", *words]) == 0
     spec = permutation_spec(networks[0], torch.randn(2, 6))
@@ -185,13 +186,32 @@ def test_three_checkpoints_with_batch_norm_have_its_statistics_estimated(folder,
     networks = [drawn(seed, norm=True) for seed in range(3)]
     files = [save(network.state_dict(), folder / f"{k}.pt") for k, network in enumerate(networks)]
     data = save_examples(folder / "d.npz")
-    assert main(["merge", *files, *MODEL, *NORM, "--data", data, "--output", "m.pt"]) == 0
+    assert main(["merge", *files, *MODEL, *NORM, "--data", data, "--statistics", "reestimate", "--output", "m.pt"]) == 0
     assert "statistics: reestimate\n" in capsys.readouterr().out
     found = loaded(folder / "m.pt")
     inputs = examples(folder / "d.npz")[0]
     fed = inputs @ found["0.weight"].T + found["0.bias"]
     torch.testing.assert_close(found["1.running_mean"], fed.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["1.running_var"], fed.var(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [None, "repair", "rescale"])
+def test_three_checkpoints_are_repaired_unless_told(folder, name, capsys):
+    networks = [drawn(seed) for seed in range(3)]
+    files = [save(network.state_dict(), folder / f"{k}.pt") for k, network in enumerate(networks)]
+    words = [] if name is None else ["--statistics", name]
+    data = save_examples(folder / "d.npz")
+    assert main(["merge", *files, *MODEL, "--data", data, "--output", "m.pt", *words]) == 0
+    assert f"statistics: {name or 'repair'}\n" in capsys.readouterr().out
+    spec, inputs = permutation_spec(networks[0], torch.randn(2, 6)), examples(folder / "d.npz")[0]
+    expected = merge_many(networks, spec)
+    merged = drawn(0)
+    merged.load_state_dict(expected.weights)
+    members = [permute(network, spec, own) for network, own in zip(networks, expected.permutations, strict=True)]
+    repair_many(merged, members, merged, [inputs], mean=name != "rescale")
+    found = loaded(folder / "m.pt")
+    for key, tensor in merged.state_dict().items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_an_existing_file_is_replaced_on_request(folder):

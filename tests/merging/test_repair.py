@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lit_rebasin import LinearPath
-from lit_rebasin.merging import loss_barrier, repair
+from lit_rebasin.merging import loss_barrier, repair, repair_many
 
 from .channels import goals, outputs_of
 from .digits import accuracy, aligned_pair, digits
@@ -44,6 +44,67 @@ def test_rescale_corrects_spreads_and_multiplies_only(kind):
         scale = layer.weight.flatten(1)[:, 0] / was.weight.flatten(1)[:, 0]
         torch.testing.assert_close(layer.weight, was.weight * scale.view(-1, *[1] * (was.weight.ndim - 1)))
         torch.testing.assert_close(layer.bias, was.bias * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_members_give_the_mean_of_their_moments(kind):
+    members, inputs = [*aligned_pair(kind), aligned_pair(kind)[0]], digits()[0]
+    with torch.no_grad():
+        for parameter in members[2].parameters():
+            parameter.mul_(1.3)
+    weights, shares = (3.0, 2.0, 1.0), (1 / 2, 1 / 3, 1 / 6)
+    merged = copy.deepcopy(members[0])
+    merged.load_state_dict(
+        {
+            name: sum(share * member.state_dict()[name] for share, member in zip(shares, members, strict=True))
+            for name in merged.state_dict()
+        }
+    )
+    names = repair_many(merged, members, merged, [inputs], weights=weights)
+    outputs, own = [outputs_of(member, names, inputs) for member in members], outputs_of(merged, names, inputs)
+    for name in names:
+        mean = sum(share * one[name].mean(1) for share, one in zip(shares, outputs, strict=True))
+        std = sum(share * one[name].std(1, correction=0) for share, one in zip(shares, outputs, strict=True))
+        torch.testing.assert_close(own[name].mean(1), mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(own[name].std(1, correction=0), std, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_two_members_are_the_ends_of_a_path(mean):
+    previous, new = aligned_pair("convnet")
+    path, inputs = LinearPath(previous, new), digits()[0]
+    merged, other = path.module_at(0.25), path.module_at(0.25)
+    repair(merged, path, 0.25, merged, [inputs], mean=mean)
+    repair_many(other, [path.previous, path.new], other, [inputs], weights=(1, 3), mean=mean)
+    for one, two in zip(merged.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_members_that_do_not_fit():
+    previous, new = aligned_pair("mlp")
+    merged, inputs = copy.deepcopy(new), [digits()[0]]
+    with pytest.raises(ValueError, match="members is empty"):
+        repair_many(merged, [], merged, inputs)
+    with pytest.raises(ValueError, match="one positive number for each of the 2 models"):
+        repair_many(merged, [previous, new], merged, inputs, weights=(1.0, 0.0))
+    with pytest.raises(ValueError, match="merged holds the very tensor"):
+        repair_many(merged, [previous, merged], merged, inputs)
+    with pytest.raises(ValueError, match="different architectures"):
+        repair_many(merged, [previous, aligned_pair("convnet")[0]], merged, inputs)
+
+
+def test_layers_that_all_ends_share_are_left_alone():
+    previous, new = aligned_pair("mlp")
+    with torch.no_grad():
+        layers = [[m for m in model.modules() if isinstance(m, nn.Linear)] for model in (previous, new)]
+        layers[1][1].load_state_dict(layers[0][1].state_dict())
+    path, inputs = LinearPath(previous, new), [digits()[0]]
+    merged = path.module_at(0.5)
+    names = repair(merged, path, 0.5, merged, inputs)
+    assert len(names) == len(layers[0]) - 2
+    corrected = [m for m in merged.modules() if isinstance(m, nn.Linear)][1]
+    assert torch.equal(corrected.weight, layers[0][1].weight)
+    assert torch.equal(corrected.bias, layers[0][1].bias)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "deep mlp"])

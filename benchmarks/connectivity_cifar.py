@@ -1,0 +1,170 @@
+"""The part of linear_mode_connectivity.py on CIFAR-100: what merges of convolutional networks keep, with and without their own statistics."""
+
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from cifar_networks import CLASSES, EPOCHS, NETWORKS, SIDE, pictures, trained
+from connectivity_methods import PEERS, by_process, network
+from matplotlib import pyplot as plt
+from torch import nn
+
+from lit_rebasin import LinearPath, loss_barrier, reestimate_batch_norm, repair, reset_batch_norm
+
+PAIRS = {"VGG-11 with BatchNorm": ((0, 1), (2, 3)), "ResNet-20, width 4x": ((0, 1), (2, 3)), "VGG-11": ((0, 1),)}
+METHODS = (
+    "identity",
+    "weights",
+    "frank-wolfe",
+    "covariance",
+    "activations",
+    "activations, cosine",
+    "sinkhorn, midpoint, 20 steps",
+)
+THEIRS = ("snimu's rebasin, weights",)
+POINTS, SHOWN, BATCH = 5, 2500, 250
+
+
+def own_statistics(network, path, batches):
+    """Return, by name, what corrects a merge on the path."""
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return {
+            "data-free": lambda merged, alpha: reset_batch_norm(merged, path, alpha, merged, batches[0][:2]),
+            "re-estimated": lambda merged, alpha: reestimated(merged, batches),
+        }
+    return {
+        "RESCALE": lambda merged, alpha: repair(merged, path, alpha, merged, batches, mean=False),
+        "REPAIR": lambda merged, alpha: repair(merged, path, alpha, merged, batches),
+    }
+
+
+def reestimated(merged, batches):
+    merged.train()
+    reestimate_batch_norm(merged, merged, batches)
+    merged.eval()
+
+
+def measure(name, model, reference, kind, train, test, peers):
+    """Return one row: what the alignment cost, and the barriers with each correction."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        torch.save({"network": kind, "inputs": train[0][:SHOWN], "targets": train[1][:SHOWN]}, folder / "data.pt")
+        torch.save(model.state_dict(), folder / "model.pt")
+        torch.save(reference.state_dict(), folder / "reference.pt")
+        found = by_process(name, folder, peers)
+        moved = network(kind).eval()
+        moved.load_state_dict(torch.load(folder / "moved.pt"))
+    with torch.no_grad():
+        found["change"] = float((moved(test[0][:BATCH]) - model(test[0][:BATCH])).abs().max())
+    path = LinearPath(reference, moved)
+    batches = list(train[0][:SHOWN].split(BATCH))
+    data = list(zip(test[0].split(BATCH), test[1].split(BATCH), strict=True))
+    for label, statistics in {"none": None, **own_statistics(model, path, batches)}.items():
+        losses = loss_barrier(path, data, POINTS, statistics=statistics)
+        ends = (losses.accuracies[0] + losses.accuracies[-1]) / 2
+        found[label] = {
+            "loss": losses.barrier,
+            "accuracy": 100 * losses.accuracy_barrier,
+            "midpoint": 100 * float(losses.accuracies[POINTS // 2]),
+            "kept": float(losses.accuracies[POINTS // 2] / ends),
+        }
+    found["ends"] = [100 * float(losses.accuracies[k]) for k in (-1, 0)]
+    return found
+
+
+def networks(kind, seeds, train, folder):
+    """Yield trained networks, from the folder where they are there."""
+    for seed in seeds:
+        path = folder and folder / f"{kind.replace(' ', '_').replace(',', '')}_{seed}.pt"
+        if path and path.exists():
+            model = network(kind).eval()
+            model.load_state_dict(torch.load(path))
+        else:
+            model = trained(kind, seed, *train)
+            if path:
+                torch.save(model.state_dict(), path)
+        yield model
+
+
+def table(methods):
+    labels = [key for key, value in next(iter(methods.values()))[0].items() if isinstance(value, dict)]
+    heads = [f"{what}, {label}" for label in labels for what in ("kept", "accuracy at 1/2", "loss barrier")]
+    rows = ["| method | " + " | ".join(heads) + " | CPU s | MB |", "|---" + "|---:" * (len(heads) + 2) + "|"]
+    for name, pairs in methods.items():
+        cells = []
+        for label in labels:
+            kept, middle, loss = (median(pair[label][key] for pair in pairs) for key in ("kept", "midpoint", "loss"))
+            cells += [f"**{kept:.3f}**" if kept >= 0.9 else f"{kept:.3f}", f"{middle:.1f}", f"{loss:.2f}"]
+        cost = [
+            f"{median(pair[key] for pair in pairs):.{digits}f}" for key, digits in (("seconds", 1), ("megabytes", 0))
+        ]
+        rows.append(f"| {name} | " + " | ".join([*cells, *cost]) + " |")
+    return "\n".join(rows)
+
+
+def write(kept, command, path):
+    parts = [
+        "# Merges of convolutional networks, with and without statistics of their own",
+        f"The first {CLASSES} classes of CIFAR-100 (an unofficial re-split: training and test pictures had been pooled, and were split "
+        f"again), pictures "
+        f"averaged to {SIDE} x {SIDE}, 5,000 to train on and 1,000 to test; {EPOCHS} epochs of SGD (`benchmarks/cifar_networks.py`). "
+        f"Independent pairs, the "
+        "first seed the reference. `kept` is the accuracy of the merge at alpha 1/2 over the mean of its two ends, on the test pictures; "
+        "the loss barrier is "
+        f"the largest excess at {POINTS - 2} points between the ends. Methods and statistics that need data get {SHOWN:,} training "
+        f"pictures. CPU seconds of "
+        "the whole call with one thread, tracing included; MB by which the process grew. Each method on each pair in a process of its own. "
+        "Medians over "
+        "the pairs. No setting was chosen on these pairs.",
+        f"Made by `{command}`.",
+    ]
+    for kind, methods in kept.items():
+        ends = [end for pair in methods["identity"] for end in pair["ends"]]
+        accuracies = ", ".join(f"{end:.1f}" for end in ends)
+        parts += [
+            f"## {kind}",
+            f"Pairs of seeds {PAIRS[kind]}; test accuracies of the ends, in order: {accuracies} %.",
+            table(methods),
+        ]
+    parts += ["## In a picture", "![accuracy kept](linear_mode_connectivity_cifar.png)"]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def draw(kept, path):
+    figure, axes = plt.subplots(
+        1, len(kept), figsize=(5 * len(kept), 4.2), sharey=True, layout="constrained", squeeze=False
+    )
+    for one, (kind, methods) in zip(axes[0], kept.items(), strict=True):
+        labels = [key for key, value in next(iter(methods.values()))[0].items() if isinstance(value, dict)]
+        for k, label in enumerate(labels):
+            values = [median(pair[label]["kept"] for pair in pairs) for pairs in methods.values()]
+            places = [place + (k - (len(labels) - 1) / 2) * 0.25 for place in range(len(methods))]
+            one.bar(places, values, 0.25, label="averaged statistics" if label == "none" else label)
+        one.set_xticks(range(len(methods)), methods, rotation=35, ha="right")
+        one.axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
+        one.set_title(kind)
+        one.legend(loc="upper left", fontsize=8)
+    axes[0][0].set_ylabel("accuracy at the midpoint / that of the ends")
+    axes[0][0].set_ylim(0, 1.15)
+    figure.savefig(path, dpi=110)
+
+
+def run(options):
+    train, test = (pictures(options.cifar, split) for split in ("train", "test"))
+    path = options.output / "linear_mode_connectivity_cifar.md"
+    kept = {}
+    for kind in NETWORKS:
+        every = [*METHODS, *(name for name in THEIRS if PEERS[name][0] in options.peers)]
+        kept[kind] = {name: [] for name in every}
+        for seeds in PAIRS[kind]:
+            reference, model = networks(kind, seeds, train, options.networks)
+            for name in every:
+                found = measure(name, model, reference, kind, train, test, options.peers)
+                kept[kind][name].append(found)
+                print(kind, seeds, name, found, flush=True)
+            path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+    command = "python benchmarks/linear_mode_connectivity.py --parts cifar --cifar FILE.npz"
+    write(kept, command + "".join(f" --peer {name}=FOLDER" for name in options.peers), path)
+    draw(kept, path.with_suffix(".png"))
