@@ -21,7 +21,7 @@ METHODS = (
     "covariance",
     "activations",
     "activations, cosine",
-    "sinkhorn, midpoint, 20 steps",
+    "sinkhorn, midpoint, from activations",
 )
 THEIRS = ("snimu's rebasin, weights",)
 POINTS, SHOWN, BATCH = 5, 2500, 250
@@ -154,8 +154,9 @@ def draw(kept, path):
 def run(options):
     train, test = (pictures(options.cifar, split) for split in ("train", "test"))
     path = options.output / "linear_mode_connectivity_cifar.md"
-    kept = {}
-    for kind in NETWORKS:
+    record = path.with_suffix(".json")
+    kept = json.loads(record.read_text()) if record.exists() else {}
+    for kind in options.kinds.split(";"):
         every = [*METHODS, *(name for name in THEIRS if PEERS[name][0] in options.peers)]
         kept[kind] = {name: [] for name in every}
         for seeds in PAIRS[kind]:
@@ -164,7 +165,8 @@ def run(options):
                 found = measure(name, model, reference, kind, train, test, options.peers)
                 kept[kind][name].append(found)
                 print(kind, seeds, name, found, flush=True)
-            path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+            record.write_text(json.dumps(kept, indent=1) + "\n")
     command = "python benchmarks/linear_mode_connectivity.py --parts cifar --cifar FILE.npz"
+    kept = {kind: kept[kind] for kind in NETWORKS if kind in kept}
     write(kept, command + "".join(f" --peer {name}=FOLDER" for name in options.peers), path)
     draw(kept, path.with_suffix(".png"))

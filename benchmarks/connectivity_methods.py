@@ -36,6 +36,12 @@ OURS = {
     "sinkhorn, l2": {"method": "sinkhorn", "cost": "l2", "init": "identity", "steps": 100, "learning_rate": 1.0},
     "sinkhorn, midpoint": {"method": "sinkhorn", "cost": "midpoint", "init": "covariance", "steps": 180},
     "sinkhorn, midpoint, 20 steps": {"method": "sinkhorn", "cost": "midpoint", "init": "covariance", "steps": 20},
+    "sinkhorn, midpoint, from activations": {
+        "method": "sinkhorn",
+        "cost": "midpoint",
+        "init": "activations",
+        "steps": 40,
+    },
     "sinkhorn, random point": {"method": "sinkhorn", "cost": "random-point", "init": "covariance", "steps": 180},
 }
 # The peers, with the steps, learning rates and batches of their own examples, except where the table says otherwise.

@@ -15,6 +15,7 @@ import connectivity_cifar
 import connectivity_rates
 import connectivity_widths
 import torch
+from cifar_networks import NETWORKS
 
 PARTS = {"widths": connectivity_widths.run, "cifar": connectivity_cifar.run, "rates": connectivity_rates.run}
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -26,6 +27,9 @@ def main():
     parser.add_argument("--data_dir", help="folder with torchvision's MNIST, for widths and rates")
     parser.add_argument("--cifar", help="file with the arrays of CIFAR-100, for cifar")
     parser.add_argument("--networks", type=Path, help="folder where trained CIFAR networks are kept and looked for")
+    parser.add_argument(
+        "--kinds", default=";".join(NETWORKS), help="which CIFAR networks are run; results of others stay"
+    )
     parser.add_argument("--peer", action="append", default=[], help="sinkhorn=FOLDER or snimu=FOLDER")
     parser.add_argument("--widths", default="128,512", help="widths at which every method is run")
     parser.add_argument("--figure_widths", default="32,64,256,1024", help="more widths for the figure")

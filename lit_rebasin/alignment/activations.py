@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_rebasin.alignment.agreement import nested_groups
 from lit_rebasin.alignment.costs import check_same_architecture
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import Features, PermutationSpec, compose, permute
 from lit_rebasin.transport import assignment
@@ -96,7 +97,7 @@ def _similarities(theirs: Iterable[Features], ours: Iterable[Features], *, centr
     """Return, for each group, the mean over its values of the similarities of reference and model neurons, ``(size, size)``."""
     moments: dict[str, list[_Moments]] = {}
     batches = 0
-    for one, other in zip(theirs, ours, strict=True):
+    for one, other in shown(zip(theirs, ours, strict=True), "Reading activations"):
         batches += 1
         for name, values in one.groups.items():
             kept = moments.setdefault(name, [_Moments(len(value)) for value in values])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_rebasin.alignment.costs import check_same_architecture
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.weights import weight_matching
 from lit_rebasin.symmetry import Features, PermutationSpec
@@ -77,7 +78,7 @@ def _covariances(tensors: Mapping[str, Tensor], features: Iterable[Features]) ->
     columns = {name: tensor.shape[1] for name, tensor in tensors.items() if tensor.ndim > 1}
     sums: dict[str, list[Any]] = {}
     batch = None
-    for batch in features:
+    for batch in shown(features, "Reading the inputs of layers"):
         for name, values in batch.layers.items():
             # Those of a grouped convolution, or of a weight that is used twice, count as one.
             for x in values if name in columns else []:

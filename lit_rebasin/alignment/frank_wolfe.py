@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_rebasin.alignment.agreement import balanced, bound, cosine_cost, exact, joint_degree, joint_gain, restrict
 from lit_rebasin.alignment.costs import check_same_architecture, l2_cost
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.transport import assignment
@@ -172,7 +173,7 @@ def _climb(objective: Objective[Key], start: Mapping[Key, Tensor], max_steps: in
     gradient = objective.gradient(start)
     seen: list[tuple[float, dict[Key, Tensor]]] = []
     converged = False
-    for _ in range(max_steps):
+    for _ in shown(range(max_steps), "Frank-Wolfe matching"):
         aim = {key: assignment(slope) for key, slope in gradient.items()}
         gaps = _slopes(gradient, plans, aim)
         converged = all(gap <= _GAP * objective.bounds[key] for key, gap in gaps.items())

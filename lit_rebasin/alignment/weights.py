@@ -102,7 +102,7 @@ def coordinate_ascent(
     history = [cost(ours, theirs)]
     groups = [group for group in spec.groups.values() if group.axes]
     nested = nested_groups(spec)
-    for _ in range(max_sweeps):
+    for _ in shown(range(max_sweeps), "Weight matching"):
         converged = True
         order = torch.randperm(len(groups), generator=generator).tolist()
         for index in shown(order, f"Weight matching, sweep {len(history)}", len(order)):

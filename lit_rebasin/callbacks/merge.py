@@ -98,7 +98,7 @@ def merge_task(
         shared: Parameters that both models have trained: only these are matched and averaged, other parameters are taken from ``trained``.
         settings: Arguments of the callback.
         task: Index of the task, for the seeds.
-        fisher: The Fisher information of the previous model, the sum over the tasks that it knows, where alpha comes of it.
+        fisher: The Fisher information of the previous model, the mean over the tasks that it knows, where alpha comes of it.
     """
     started = perf_counter()
     models = _Models(step, step.with_loss(draw_batches(trainer, settings.batches)), trained, previous, shared)

@@ -44,7 +44,7 @@ class RebasinMerge(Callback):
 
     Args:
         alpha: Weight of the previous model in [0, 1]; or how to choose it: ``"line-search"`` for the lowest loss on training batches along the
-            path, ``"fisher"`` for the closed form :func:`~lit_rebasin.merging.fisher_alpha`, in which every task so far counts the same, and
+            path, ``"fisher"`` for the closed form :func:`~lit_rebasin.merging.fisher_alpha` of the new task against the mean of those before, and
             ``"layer-fisher"`` for one a layer.
         method: How to align, by any name that :func:`~lit_rebasin.align` knows. ``"identity"`` does not align (plain averaging).
         cost: What ``"sinkhorn"`` and ``"straight-through"`` minimise: ``"incremental"``, which is the default, the loss of the merge, with
@@ -88,7 +88,8 @@ class RebasinMerge(Callback):
         self.spec: PermutationSpec | None = None
         self._trained: set[str] = set()  # parameters that some finished task has changed
         self._initial: dict[str, Tensor] = {}
-        self._fisher: dict[str, Tensor] = {}  # of the tasks so far, summed, in the frame of the previous model
+        self._fisher: dict[str, Tensor] = {}  # the mean over the tasks so far, in the frame of the previous model
+        self._fisher_tasks = 0
         self._steps_before = 0  # optimizer steps of earlier fits, so that their curves do not overlap
         self._pending = False  # whether anything was trained since the last merge
         self._traced = False  # whether the spec takes account of the present task
@@ -197,6 +198,7 @@ class RebasinMerge(Callback):
             "steps_before": self._steps_before,
             "spec": self.spec.to_json() if self.spec is not None else None,
             "fisher": self._fisher,
+            "fisher_tasks": self._fisher_tasks,
         }
 
     @override
@@ -207,7 +209,7 @@ class RebasinMerge(Callback):
         self.history = list(state_dict["history"])
         self._trained = set(state_dict["trained"])
         self._steps_before = state_dict["steps_before"]
-        self._fisher = dict(state_dict["fisher"])
+        self._fisher, self._fisher_tasks = dict(state_dict["fisher"]), state_dict["fisher_tasks"]
         self.spec = PermutationSpec.from_json(state_dict["spec"]) if state_dict["spec"] is not None else None
 
     def _finish_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -295,8 +297,11 @@ class RebasinMerge(Callback):
             self._add_fisher(step_fisher(step, trained, batches))
 
     def _add_fisher(self, fisher: Mapping[str, Tensor]) -> None:
+        if fisher:
+            self._fisher_tasks += 1
         for name, diagonal in fisher.items():
-            self._fisher[name] = self._fisher[name] + diagonal.cpu() if name in self._fisher else diagonal.cpu()
+            mean = self._fisher.get(name, torch.zeros_like(diagonal, device="cpu"))
+            self._fisher[name] = mean + (diagonal.cpu() - mean) / self._fisher_tasks
 
     def _shared(
         self, pl_module: "pl.LightningModule", trained: Mapping[str, Tensor], previous: Mapping[str, Tensor]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.merging.data import evaluating, labelled
 from lit_rebasin.merging.path import LinearPath, PathLosses, grid
 
@@ -42,7 +43,7 @@ def loss_barrier(
     """
     network, alphas = path.network, grid(points)
     means = []
-    for alpha in alphas.tolist():
+    for alpha in shown(alphas.tolist(), "Loss along the path", points):
         if statistics is None or alpha in (0, 1):
             means.append(_means(network, path.at(alpha), dataloader, loss))
         else:

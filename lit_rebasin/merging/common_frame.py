@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_rebasin.alignment import weight_matching
 from lit_rebasin.alignment.agreement import bound, joint_degree, joint_gain
 from lit_rebasin.alignment.frank_wolfe import Objective, even_plans, search
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.symmetry import Group, PermutationSpec, compose, invert, neurons, permute
 from lit_rebasin.transport import assignment, doubly_regularized_barycenter
 
@@ -125,7 +126,7 @@ def merge_many_frame(members: Members, generator: torch.Generator, max_sweeps: i
     moved = members.moved(permutations)
     history = [members.spread(permutations)]
     converged = False
-    for _ in range(max_sweeps):
+    for _ in shown(range(max_sweeps), "Matching each to the others"):
         converged = True
         for index in torch.randperm(len(moved), generator=generator).tolist():
             others = [j for j in range(len(moved)) if j != index]
@@ -153,7 +154,7 @@ def barycenter_frame(members: Members, generator: torch.Generator, max_passes: i
     best = permutations = members.identity()
     history = [members.spread(best)]
     for number in range(max_passes):
-        for place, name in enumerate(order):
+        for place, name in enumerate(shown(order, f"Barycenters of neurons, pass {number + 1}", len(order))):
             group = members.spec.groups[name]
             tensors = _settled(members.spec, group, order[:place] if number == 0 else order)
             clouds = [_neurons(model, group, tensors) for model in members.moved(permutations)]

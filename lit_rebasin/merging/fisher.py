@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.merging.data import evaluating, labelled, to_device
 
 # Entries of single examples' gradients that are held at a time (32 MiB of float32: more is slower on a CPU), and the fewest examples.
@@ -51,7 +52,7 @@ def diagonal_fisher(
     squares = SquaredGradients(example_loss)
     with evaluating(model):
         pairs = labelled(dataloader, model) if loss is not None else _self_labelled(model, dataloader, generator)
-        for inputs, target in pairs:
+        for inputs, target in shown(pairs, "Fisher information"):
             for name, square in squares(weights, inputs, target).items():
                 totals[name] += square
             examples += len(target)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from lit_rebasin.alignment import check_same_architecture
+from lit_rebasin.alignment.progress import shown
 from lit_rebasin.merging.data import evaluating, hooks
 from lit_rebasin.merging.moments import Moments, along_channels, channels_of, fuse, rows_of
 from lit_rebasin.merging.path import LinearPath, alpha_of, even_shares, weights_of, write_weights
@@ -235,7 +236,7 @@ def _observe(model: nn.Module, forward: Forward, batches: Iterable[Any]) -> tupl
             if isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_pre_hook(lambda module, inputs: leave(inputs)))
         handles.append(model.register_forward_hook(lambda module, inputs, output: leave(output)))
-        for batch in batches:
+        for batch in shown(batches, "Reading what layers put out"):
             run.clear()
             forward(batch)
             unfit.update(run[-1:], (name for name in run if run.count(name) > 1))
