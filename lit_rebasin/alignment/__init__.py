@@ -17,7 +17,7 @@ from lit_rebasin.alignment.costs import (
 )
 from lit_rebasin.alignment.covariance import covariance_matching
 from lit_rebasin.alignment.frank_wolfe import frank_wolfe_matching
-from lit_rebasin.alignment.methods import METHODS, Problem, check_method, find
+from lit_rebasin.alignment.methods import METHODS, Problem, check_method, check_start, find
 from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.alignment.sinkhorn import SinkhornRebasin, sinkhorn_alignment
 from lit_rebasin.alignment.straight_through import straight_through_alignment
@@ -35,6 +35,7 @@ __all__ = [
     "align",
     "check_method",
     "check_same_architecture",
+    "check_start",
     "cosine_distance",
     "covariance_matching",
     "find",

@@ -1,6 +1,6 @@
 """Activation matching: permute a model's neurons onto those of a reference that respond to the same inputs."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Literal
 
@@ -14,7 +14,7 @@ from lit_rebasin.alignment.result import Alignment
 from lit_rebasin.symmetry import Features, PermutationSpec, compose, permute
 from lit_rebasin.transport import assignment
 
-Read = Callable[[Mapping[str, Tensor], Collection[str]], Iterable[Features]]
+Read = Callable[[Sequence[Mapping[str, Tensor]], Collection[str]], Iterable[tuple[Features, ...]]]
 # Passes over the data, where one group lies inside another and so depends on how that one was matched.
 _PASSES = 5
 # Gain in the sum of similarities that is put down to rounding.
@@ -40,8 +40,8 @@ def activation_matching(
         model: Weights of the model to permute.
         reference: Those of the one that stays put.
         spec: The symmetries of the two.
-        read: Maps the weights of a network, and the groups to average, to its features on each batch of some data (:class:`FeatureReader`);
-            the same data at every call.
+        read: Maps the weights of some networks, and the groups to average, to the features of each of them on each batch of some data
+            (:class:`FeatureReader`); the same data at every call, in any order.
         similarity: Correlation, or cosine, which keeps the means.
         init: The permutations to start from, by group name. Default: the identity.
 
@@ -59,8 +59,7 @@ def activation_matching(
     nested = [name for name, others in nested_groups(spec).items() if others]
 
     def compare(permutations: Mapping[str, Tensor], averaged: Collection[str] = ()) -> dict[str, Tensor]:
-        both = (read(weights, averaged) for weights in (reference, permute(model, spec, permutations)))
-        return _similarities(*both, centred=centred)
+        return _similarities(read((reference, permute(model, spec, permutations)), averaged), centred=centred)
 
     permutations = {**spec.identity(), **(init or {})}
     best, similarities = permutations, compare(permutations)
@@ -93,11 +92,11 @@ def _moves(similarities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _similarities(theirs: Iterable[Features], ours: Iterable[Features], *, centred: bool) -> dict[str, Tensor]:
+def _similarities(features: Iterable[tuple[Features, ...]], *, centred: bool) -> dict[str, Tensor]:
     """Return, for each group, the mean over its values of the similarities of reference and model neurons, ``(size, size)``."""
     moments: dict[str, list[_Moments]] = {}
     batches = 0
-    for one, other in shown(zip(theirs, ours, strict=True), "Reading activations"):
+    for one, other in shown(features, "Reading activations"):
         batches += 1
         for name, values in one.groups.items():
             kept = moments.setdefault(name, [_Moments(len(value)) for value in values])
@@ -113,17 +112,21 @@ def _similarities(theirs: Iterable[Features], ours: Iterable[Features], *, centr
 
 
 class _Moments:
-    """Sums over samples, from which the similarities of two sets of neurons follow."""
+    """Sums over samples, from which the similarities of two sets of neurons follow; about the means of the first batch, lest they cancel."""
 
     def __init__(self, size: int) -> None:
         self.count = 0
+        self.origin: Tensor | None = None
         self.sums = torch.zeros(2, size, dtype=torch.float64)
         self.squares = torch.zeros(2, size, dtype=torch.float64)
         self.products = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, theirs: Tensor, ours: Tensor) -> None:
         """Take in activations ``(size, samples)``."""
-        both = torch.stack([theirs, ours]).float()
+        both = torch.stack([theirs, ours])
+        if self.origin is None:
+            self.origin = both.double().mean(-1)
+        both = (both.double() - self.origin[:, :, None]).float()
         self.count += theirs.shape[1]
         self.sums += both.sum(-1, dtype=torch.float64).cpu()
         self.squares += both.double().square().sum(-1).cpu()
@@ -131,11 +134,16 @@ class _Moments:
 
     def similarity(self, *, centred: bool) -> Tensor:
         """Return the similarities; 0 with a neuron that never responds, or if centred never changes."""
-        means = self.sums / self.count if centred else torch.zeros_like(self.sums)
+        assert self.origin is not None
+        means = self.sums / self.count
         products = self.products / self.count - means[0, :, None] * means[1]
         variances = self.squares / self.count - means.square()
+        full = means + self.origin.cpu()
         # What is left of a constant is rounding.
-        scales = torch.where(variances > 1e-9 * self.squares / self.count, variances, torch.inf).rsqrt()
+        variances = torch.where(variances > 1e-9 * (variances + full.square()), variances, 0.0)
+        if not centred:
+            products, variances = products + full[0, :, None] * full[1], variances + full.square()
+        scales = torch.where(variances > 0, variances, torch.inf).rsqrt()
         return scales[0, :, None] * products * scales[1]
 
 

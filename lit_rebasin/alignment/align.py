@@ -1,6 +1,6 @@
 """One call for every way to find the permutation that carries a model towards a reference."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lit_rebasin.alignment.batches import Batches, inputs_of
 from lit_rebasin.alignment.costs import (
     DISTANCES,
     LOSS_COSTS,
@@ -87,13 +88,15 @@ def align(
         >>> moved = permute(model, permutation_spec(model, x), alignment.permutations)
     """
     check_method(method, options)
-    check_start(init)
+    check_start(method, init)
     _check_networks(model, reference)
     needs = METHODS[method][1]
     if cost is not None:
         _check_cost(method, needs, cost)
-    if data is not None and iter(data) is data:
-        raise ValueError("data must give its batches more than once: a DataLoader or a list, not an iterator.")
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is the weight of the reference and must lie in [0, 1], got {alpha!r}.")
+    if data is not None:
+        data = Batches(data, reference)
     cost = cost or ("midpoint" if data is not None else "l2")
     _check_data(method, needs, cost, init, data)
     if spec is None:
@@ -110,12 +113,6 @@ def align(
     return find(problem, method, init, seed, options)
 
 
-def inputs_of(batch: Any) -> tuple[Any, ...]:
-    """Return the arguments of a forward pass that a batch stands for: the first of a tuple or list, else the batch."""
-    first = batch[0] if isinstance(batch, list | tuple) else batch
-    return tuple(first) if isinstance(first, list | tuple) else (first,)
-
-
 def _detached(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors_of(network).items()}
 
@@ -124,8 +121,8 @@ def _reading(reference: nn.Module, spec: PermutationSpec, data: Iterable[Any]) -
     """Return how to read the features of a network on data."""
     reader = FeatureReader(reference, spec)
 
-    def read(weights: Weights, averaged: Collection[str]) -> Iterator[Features]:
-        return (reader.read(weights, inputs_of(batch), averaged) for batch in data)
+    def read(networks: Sequence[Weights], averaged: Collection[str]) -> Iterator[tuple[Features, ...]]:
+        return (tuple(reader.read(one, inputs_of(batch), averaged) for one in networks) for batch in data)
 
     return read
 
@@ -142,9 +139,10 @@ def _check_networks(model: nn.Module, reference: nn.Module) -> None:
     for name, network in (("model", model), ("reference", reference)):
         if not isinstance(network, nn.Module):
             raise ValueError(f"{name} must be a torch.nn.Module, got {type(network).__name__}.")
+        parameters = {tensor for tensor, _ in network.named_parameters(remove_duplicate=False)}
         for tensor, value in tensors_of(network).items():
-            if value.is_floating_point() and value.isnan().any():
-                raise ValueError(f"{tensor!r} of the {name} holds a NaN.")
+            if value.isnan().any() or (tensor in parameters and value.isinf().any()):
+                raise ValueError(f"{tensor!r} of the {name} holds a NaN or an infinity.")
     check_same_architecture(tensors_of(model), tensors_of(reference))
 
 
@@ -184,7 +182,7 @@ def _costs(
     assert data is not None
     held = list(islice(data, _EVALUATED))
     if not held or any(not isinstance(batch, list | tuple) or len(batch) < 2 for batch in held):
-        raise ValueError(f"The {cost} cost needs data with targets: batches (inputs, targets).")
+        raise ValueError(f'The {cost} cost needs data with targets, batches (inputs, targets); cost="l2" needs none.')
     stream = (batch for _ in count() for batch in data)
 
     def on(batch: Any) -> Callable[[Weights], Tensor]:

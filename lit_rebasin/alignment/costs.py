@@ -13,14 +13,14 @@ Loss = Callable[[Weights], Tensor]
 
 
 def interpolate(previous: Weights, new: Weights, alpha: float) -> dict[str, Tensor]:
-    """Return ``alpha * previous + (1 - alpha) * new``; what is not floating point (counters) is taken from ``new``.
+    """Return ``alpha * previous + (1 - alpha) * new``; what is neither real nor complex (counters) is taken from ``new``.
 
     Exact where the two are equal, and at both ends: what neither task has trained, such as a frozen layer or a mask of infinities, must not
     drift over many merges.
     """
     return {
         name: _mixed(previous[name].to(tensor.device, tensor.dtype), tensor, alpha)
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() or tensor.is_complex()
         else tensor
         for name, tensor in new.items()
     }

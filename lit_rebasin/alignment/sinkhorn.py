@@ -128,6 +128,8 @@ def sinkhorn_alignment(
         ValueError: If a number is out of range.
     """
     check_count("steps", steps, 0)
+    if not isinstance(schedule, Schedule | None):
+        raise ValueError(f"schedule must be a Schedule, such as Schedule(beta_0=1, kappa=0.2), got {schedule!r}.")
     check_positive(learning_rate=learning_rate, residual_clip=residual_clip)
     if not (residual_learning_rate >= 0 and residual_weight_decay >= 0):
         raise ValueError(
@@ -155,7 +157,7 @@ def sinkhorn_alignment(
             value.backward()
             if residual:
                 nn.utils.clip_grad_value_(residual.values(), residual_clip)
-            if all(_has_finite_gradients(optimizer) for optimizer in optimizers):
+            if all(has_finite_gradients(optimizer) for optimizer in optimizers):
                 for optimizer in optimizers:
                     optimizer.step()
         if step % max(1, steps // 10) == 0 or step == steps:
@@ -171,7 +173,7 @@ def sinkhorn_alignment(
     )
 
 
-def _has_finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+def has_finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a step would leave all that the optimizer trains finite."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return all(bool(parameter.grad.isfinite().all()) for parameter in parameters if parameter.grad is not None)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_rebasin.alignment.candidates import Candidates
 from lit_rebasin.alignment.progress import shown
 from lit_rebasin.alignment.result import Alignment
+from lit_rebasin.alignment.sinkhorn import has_finite_gradients
 from lit_rebasin.alignment.weights import weight_matching
 from lit_rebasin.symmetry import PermutationSpec, permute
 from lit_rebasin.transport.arguments import check_count, check_positive
@@ -52,8 +53,12 @@ def straight_through_alignment(
     check_count("steps", steps, 0)
     check_positive(learning_rate=learning_rate)
     started = perf_counter()
+    # Steps of this size are lost in half precision.
     free = {
-        name: tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for name, tensor in reference.items()
+        name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).requires_grad_()
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in reference.items()
     }
     compared = {name: model[name] for name in free if name in model}
     optimizer = torch.optim.Adam([tensor for tensor in free.values() if tensor.requires_grad], lr=learning_rate)
@@ -67,11 +72,17 @@ def straight_through_alignment(
         still = still + 1 if all(torch.equal(p, before[name]) for name, p in permutations.items()) else 0
         hard = permute(model, spec, permutations)
         # The value of the hard weights, the gradient of the free ones.
-        value = cost({**hard, **{name: hard[name].detach() + free[name] - free[name].detach() for name in free}})
+        through = {
+            name: hard[name].detach() + (one - one.detach()).to(hard[name].dtype)
+            for name, one in free.items()
+            if one.requires_grad
+        }
+        value = cost({**hard, **through})
         if value.isfinite():
             optimizer.zero_grad()
             value.backward()
-            optimizer.step()
+            if has_finite_gradients(optimizer):
+                optimizer.step()
         if step % max(1, steps // 10) == 0 or step == steps:
             seen.offer(permutations)
     converged = still >= max(1, steps // 10)

@@ -1,6 +1,6 @@
 """What happens between two tasks: alignment, choice of alpha, and the merged weights."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from time import perf_counter
@@ -136,8 +136,8 @@ def _problem(models: _Models, spec: PermutationSpec, settings: MergeSettings, se
     """Return what the alignment works on."""
     reader = StepFeatures(models.step, spec)
 
-    def read(weights: Weights, averaged: Any) -> Iterator[Features]:
-        return (reader.read(weights, batch, averaged) for batch in models.batches)
+    def read(networks: Sequence[Weights], averaged: Collection[str]) -> Iterator[tuple[Features, ...]]:
+        return (tuple(reader.read(one, batch, averaged) for one in networks) for batch in models.batches)
 
     residual: dict[str, Tensor] = {}
     rate = settings.used_options.get("residual_learning_rate", 1.0)

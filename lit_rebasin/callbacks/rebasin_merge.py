@@ -18,11 +18,11 @@ from lit_rebasin.callbacks.merge import merge_task
 from lit_rebasin.callbacks.report import log_merge, log_settings
 from lit_rebasin.callbacks.settings import MergeSettings, Method
 from lit_rebasin.callbacks.step_features import check_readable
-from lit_rebasin.callbacks.step_fisher import step_fisher
+from lit_rebasin.callbacks.step_fisher import check_measurable, step_fisher
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, draw_batches, named_tensors
 from lit_rebasin.callbacks.step_spec import step_spec
 from lit_rebasin.callbacks.task_end import epochs_per_task, rewrite_last_checkpoints, task_ends
-from lit_rebasin.merging import NoFiniteLossError
+from lit_rebasin.merging import NoFiniteLossError, has_batch_norm
 from lit_rebasin.merging.path import write_weights
 from lit_rebasin.symmetry import PermutationSpec, join
 
@@ -44,8 +44,8 @@ class RebasinMerge(Callback):
 
     Args:
         alpha: Weight of the previous model in [0, 1]; or how to choose it: ``"line-search"`` for the lowest loss on training batches along the
-            path, ``"fisher"`` for the closed form :func:`~lit_rebasin.merging.fisher_alpha` of the new task against the mean of those before, and
-            ``"layer-fisher"`` for one a layer.
+            path, ``"fisher"`` for the closed form :func:`~lit_rebasin.merging.fisher_alpha` of the new task against the mean of those before,
+            and ``"layer-fisher"`` for one a layer.
         method: How to align, by any name that :func:`~lit_rebasin.align` knows. ``"identity"`` does not align (plain averaging).
         cost: What ``"sinkhorn"`` and ``"straight-through"`` minimise: ``"incremental"``, which is the default, the loss of the merge, with
             ``"sinkhorn"`` together with a trained residual; ``"midpoint"`` or ``"random-point"``, the loss on the path; ``"l2"``, ``"l1"`` or
@@ -104,6 +104,10 @@ class RebasinMerge(Callback):
             raise MisconfigurationException(
                 f"RebasinMerge needs whole weights on every device, which {strategy} does not keep."
             )
+        if self.settings.statistics == "data-free" and not has_batch_norm(pl_module):
+            raise MisconfigurationException(
+                f'RebasinMerge(statistics="data-free") is for BatchNorm, of which {type(pl_module).__name__} has none.'
+            )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} optimizes by hand, so its training_step cannot be run for its loss alone: "
@@ -140,6 +144,8 @@ class RebasinMerge(Callback):
     ) -> None:
         """Find the permutation groups on the first batch of a task, so that a model without any fails at once."""
         self._pending = True
+        if self.settings.measures_fisher and not self._traced:
+            check_measurable(StepLoss(trainer, pl_module), batch)
         if self._traced or self.settings.method == "identity":
             return
         try:
@@ -209,7 +215,8 @@ class RebasinMerge(Callback):
         self.history = list(state_dict["history"])
         self._trained = set(state_dict["trained"])
         self._steps_before = state_dict["steps_before"]
-        self._fisher, self._fisher_tasks = dict(state_dict["fisher"]), state_dict["fisher_tasks"]
+        # States of versions that measured none lack it.
+        self._fisher, self._fisher_tasks = dict(state_dict.get("fisher", {})), state_dict.get("fisher_tasks", 0)
         self.spec = PermutationSpec.from_json(state_dict["spec"]) if state_dict["spec"] is not None else None
 
     def _finish_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -273,9 +280,10 @@ class RebasinMerge(Callback):
             shared = self._shared(pl_module, trained, previous)
             outcome = merge_task(step, trainer, trained, previous, spec, shared, self.settings, task, self._fisher)
             _check_finite(outcome.numbers["loss_after"])
-            write_weights(pl_module, trainer.strategy.broadcast(outcome.weights))  # every rank drew batches of its own
+            write_weights(pl_module, outcome.weights)
             correct(pl_module, step, outcome, self.settings.statistics)
             _check_finite(outcome.numbers["loss_after"])
+            write_weights(pl_module, trainer.strategy.broadcast(named_tensors(pl_module)))
         self._add_fisher(outcome.fisher)
         self.history.append({"task": task, **outcome.numbers})
         log_merge(trainer, outcome, task)
@@ -293,6 +301,7 @@ class RebasinMerge(Callback):
             return
         step = StepLoss(trainer, pl_module)
         with step.quiet():
+            torch.manual_seed(self.settings.seed)
             batches = step.with_loss(draw_batches(trainer, self.settings.batches))
             self._add_fisher(step_fisher(step, trained, batches))
 

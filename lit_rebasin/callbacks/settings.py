@@ -7,9 +7,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_rebasin.alignment import DISTANCES, LOSS_COSTS, METHODS, Problem, add_residual, check_method, find, l2_cost
+from lit_rebasin.alignment import (
+    DISTANCES,
+    LOSS_COSTS,
+    METHODS,
+    Problem,
+    add_residual,
+    check_method,
+    check_start,
+    find,
+    l2_cost,
+)
 from lit_rebasin.symmetry import Features, PermutationSpec
 from lit_rebasin.transport import Schedule
+from lit_rebasin.transport.arguments import check_count
 
 Method = Literal["identity", "weights", "covariance", "activations", "frank-wolfe", "straight-through", "sinkhorn"]
 COSTS = (*LOSS_COSTS, *DISTANCES)
@@ -34,7 +45,7 @@ class MergeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, str):
+        if not isinstance(self.alpha, int | float):
             _check("alpha", self.alpha, ALPHAS, "a number in [0, 1], or ")
         elif not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is the weight of the previous model and must lie in [0, 1], got {self.alpha}.")
@@ -45,6 +56,7 @@ class MergeSettings:
                 raise ValueError(f"method {self.method!r} takes no cost; leave it out.")
         if self.init is not None:
             _check("init", self.init, METHODS)
+            check_start(self.method, self.init)
         _check("statistics", self.statistics, STATISTICS)
         check_method(self.method, self.options, residual=self.method == "sinkhorn" and self.used_cost == "incremental")
         try:
@@ -53,8 +65,9 @@ class MergeSettings:
             raise ValueError(
                 f"An option of method {self.method!r} has a value that it cannot take: {error}."
             ) from error
-        if self.batches < 1:
-            raise ValueError(f"batches must be at least 1, got {self.batches}.")
+        check_count("batches", self.batches)
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
 
     @property
     def takes_cost(self) -> bool:
@@ -105,11 +118,11 @@ def _try(method: str, options: Mapping[str, Any]) -> None:
 
     features = Features({"neurons": [torch.eye(2)]}, {})
     problem = Problem(
-        weights, weights, list(weights), spec, lambda *_: [features], lambda: (distance, distance), residual
+        weights, weights, list(weights), spec, lambda *_: [(features, features)], lambda: (distance, distance), residual
     )
     find(problem, method, None, 0, shortened)
 
 
 def _check(argument: str, value: str, known: Any, also: str = "") -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{argument} must be {also}one of {', '.join(known)}, got {value!r}.")

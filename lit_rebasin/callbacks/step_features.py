@@ -26,7 +26,10 @@ class StepFeatures:
     """
 
     def __init__(self, step: StepLoss, spec: PermutationSpec) -> None:
-        self.step, self.spec = step, _prefixed(spec)
+        # A graph may know a tied weight by any of its names, the callback by the first.
+        first = {id(tensor): name for name, tensor in reversed(_all_tensors(step.module))}
+        self._names = {name: first[id(tensor)] for name, tensor in _all_tensors(step.module)}
+        self.step, self.spec = step, self._prefixed(spec)
         self._readers: dict[str, FeatureReader] = {}
 
     def read(self, weights: Mapping[str, Tensor], batch: Any, averaged: Collection[str] = ()) -> Features:
@@ -44,10 +47,25 @@ class StepFeatures:
         key = repr(structure)
         if key not in self._readers:
             self._readers[key] = FeatureReader(_OfLeaves(self.step, structure), self.spec)
-        held = {_PREFIX + name: tensor for name, tensor in weights.items()}
+        held = {_PREFIX + name: weights[first] for name, first in self._names.items()}
         with self.step.silent():
             found = self._readers[key].read(held, tuple(leaves), averaged)
-        return Features(found.groups, {name.removeprefix(_PREFIX): value for name, value in found.layers.items()})
+        layers: dict[str, list[Tensor]] = {}
+        for name, values in found.layers.items():
+            layers.setdefault(self._names[name.removeprefix(_PREFIX)], []).extend(values)
+        return Features(found.groups, layers)
+
+    def _prefixed(self, spec: PermutationSpec) -> PermutationSpec:
+        groups = {}
+        for name, group in spec.groups.items():
+            axes = [
+                replace(axis, tensor=_PREFIX + other)
+                for axis in group.axes
+                for other, first in self._names.items()
+                if first == axis.tensor
+            ]
+            groups[name] = Group(name, group.size, tuple(axes))
+        return PermutationSpec(groups, {})
 
 
 def check_readable(step: StepLoss, spec: PermutationSpec, batch: Any) -> None:
@@ -73,9 +91,6 @@ class _OfLeaves(nn.Module):
         return self.step(pytree.tree_unflatten(list(leaves), self.structure))
 
 
-def _prefixed(spec: PermutationSpec) -> PermutationSpec:
-    groups = {}
-    for name, group in spec.groups.items():
-        axes = tuple(replace(axis, tensor=_PREFIX + axis.tensor) for axis in group.axes)
-        groups[name] = Group(name, group.size, axes)
-    return PermutationSpec(groups, {_PREFIX + axis: reason for axis, reason in spec.fixed.items()})
+def _all_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a module by every name that they go by."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lit_rebasin.callbacks.step_loss import StepLoss
-from lit_rebasin.merging import SquaredGradients
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, named_tensors
+from lit_rebasin.merging import SquaredGradients, zeros_to_sum
 from lit_rebasin.merging.data import evaluating
 
 # Examples that a merge measures it on. The sums of it that choose an alpha run over all weights, so they need few.
@@ -32,7 +32,7 @@ def step_fisher(step: StepLoss, weights: Mapping[str, Tensor], batches: Sequence
         ValueError: If the tensors of a batch do not hold one example along their first dimension each.
     """
     measured = {name: weights[name] for name, parameter in step.module.named_parameters() if parameter.requires_grad}
-    totals = {name: torch.zeros_like(tensor) for name, tensor in measured.items()}
+    totals = zeros_to_sum(measured)
     examples = 0
     with evaluating(step.module), step.silent():
         for batch in batches:
@@ -54,6 +54,22 @@ def step_fisher(step: StepLoss, weights: Mapping[str, Tensor], batches: Sequence
                 totals[name] += square
             examples += count
     return {name: total / examples for name, total in totals.items()}
+
+
+def check_measurable(step: StepLoss, batch: Any) -> None:
+    """Raise a MisconfigurationException if single examples teach nothing, before a task is spent."""
+    with step.quiet():
+        try:
+            found = step_fisher(step, named_tensors(step.module), [batch])
+        except NoLossError:
+            return
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+    if not any(diagonal.any() for diagonal in found.values()):
+        raise MisconfigurationException(
+            f"{type(step.module).__name__}.training_step has no gradient on single examples, so there is no Fisher information: give alpha a "
+            "number, or line-search."
+        )
 
 
 def _length(tensors: Sequence[Tensor]) -> int:

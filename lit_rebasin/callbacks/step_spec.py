@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.symmetry import Group, PermutationSpec, Trial, permutation_spec, spec_of_calls
@@ -40,16 +41,35 @@ def step_spec(step: StepLoss, batch: Any) -> PermutationSpec:
             except ValueError:
                 spec, traced = spec_of_calls(step.module, lambda: step(batch)), False
         spec = _that_holds(step, batch, spec, traced=traced)
+    spec = _by_first_names(step.module, spec)
     frozen = {name for name, parameter in step.module.named_parameters() if not parameter.requires_grad}
     held = {name for name, group in spec.groups.items() if any(axis.tensor in frozen for axis in group.axes)}
     return _without(spec, held, "it would move a frozen parameter")
 
 
+def _by_first_names(module: nn.Module, spec: PermutationSpec) -> PermutationSpec:
+    """Return the spec with tied weights under their first names only, by which a merge holds them."""
+    names = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    groups = {
+        name: replace(group, axes=tuple(axis for axis in group.axes if axis.tensor in names))
+        for name, group in spec.groups.items()
+    }
+    fixed = {axis: reason for axis, reason in spec.fixed.items() if axis.rpartition("[")[0] in names}
+    return PermutationSpec(groups, fixed)
+
+
 def _that_holds(step: StepLoss, batch: Any, spec: PermutationSpec, *, traced: bool) -> PermutationSpec:
     """Return the spec without the groups that change the loss; a training must not end for one that a trace has got wrong."""
+    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in step.module.parameters())
+    batch = pytree.tree_map_only(Tensor, _single, batch) if half else batch  # as the trial's weights are
     while spec.groups:
         trial = Trial(step.module, spec, lambda weights: _seeded(step, weights, batch), seed=0)
-        expected = trial.outputs()
+        try:
+            expected = trial.outputs()
+        except RuntimeError:
+            if traced and half:  # the step insists on its own precision, in which nothing can be compared
+                return spec
+            raise
         if traced and not all(loss.isfinite() for loss in expected):
             return spec  # the trial's weights need not give a loss that can be compared
         try:
@@ -80,6 +100,10 @@ def _seeded(step: StepLoss, weights: dict[str, Tensor], batch: Any) -> Tensor:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - a step may draw from NumPy's global state
     return step.at(weights, batch)
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _unprefixed(spec: PermutationSpec) -> PermutationSpec:

@@ -41,10 +41,15 @@ def merge_several(words: Words) -> None:
         permute(weights_of(network), setting.traced.spec, own)
         for network, own in zip(setting.networks, found.permutations, strict=True)
     ]
+    aligned = copy.deepcopy(merged)
     corrected.of_many(merged, members)
-    rows: list[Row] = [("spread of the weights", number(found.history[0]), number(min(found.history)))]
+    columns, networks = ["as they are", "aligned"], [_average(setting.networks), aligned]
+    if corrected.name != "none":
+        columns, networks = [*columns, f"aligned, {corrected.name}"], [*networks, merged]
+    blank = [""] * (len(columns) - 2)
+    rows: list[Row] = [("spread of the weights", number(found.history[0]), number(min(found.history)), *blank)]
     if setting.examples is not None and setting.examples.labelled:
-        rows += _member_rows(setting) + merge_rows(setting.examples, [_average(setting.networks), merged])
+        rows += _member_rows(setting, len(columns)) + merge_rows(setting.examples, networks)
     write_checkpoint(Path(options.output), setting.as_written(merged, 0))
     print_files(setting)
     end = "" if found.converged else "; it did not come to its end within its steps"
@@ -54,17 +59,18 @@ def merge_several(words: Words) -> None:
     console().print(f"statistics: {corrected.name}")
     if corrected.name == "none" and has_batch_norm(merged):
         console().print("Those of BatchNorm are averages of the members'; with --data, they are estimated anew.")
-    print_table("merge", ("as they are", "aligned"), rows)
+    print_table("merge", columns, rows)
     console().print(f"The merge: {options.output}")
 
 
-def _member_rows(setting: Setting) -> list[Row]:
+def _member_rows(setting: Setting, columns: int) -> list[Row]:
     """Return loss and accuracy of each checkpoint, which no permutation changes."""
     rows: list[Row] = []
     for index, network in enumerate(setting.networks):
         assert setting.examples is not None
         loss, share = loss_and_accuracy(network, setting.examples)
-        rows += [(f"loss of {letter(index)}", number(loss), ""), (f"accuracy of {letter(index)} %", percent(share), "")]
+        cells = ((f"loss of {letter(index)}", number(loss)), (f"accuracy of {letter(index)} %", percent(share)))
+        rows += [(*cell, *[""] * (columns - 1)) for cell in cells]
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from lit_rebasin.merging.barrier import loss_barrier
 from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, layer_fisher_alphas, line_search
-from lit_rebasin.merging.fisher import SquaredGradients, diagonal_fisher
+from lit_rebasin.merging.fisher import SquaredGradients, diagonal_fisher, zeros_to_sum
 from lit_rebasin.merging.many import ManyMerge, merge_many
 from lit_rebasin.merging.path import LinearPath, PathLosses
 from lit_rebasin.merging.repair import repair, repair_many
@@ -26,4 +26,5 @@ __all__ = [
     "repair",
     "repair_many",
     "reset_batch_norm",
+    "zeros_to_sum",
 ]

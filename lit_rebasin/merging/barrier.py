@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lit_rebasin.alignment.progress import shown
-from lit_rebasin.merging.data import evaluating, labelled
+from lit_rebasin.merging.data import arguments_of, evaluating, labelled
 from lit_rebasin.merging.path import LinearPath, PathLosses, grid
 
 
@@ -63,7 +63,7 @@ def _means(
     decisions, correct, classified = 0, 0, True
     with torch.no_grad(), evaluating(network):
         for inputs, target in labelled(dataloader, network):
-            output = functional_call(network, weights, (inputs,))
+            output = functional_call(network, weights, arguments_of(inputs))
             total += float(loss(output, target)) * len(target)
             examples += len(target)
             classified = classified and _has_classes(output, target)

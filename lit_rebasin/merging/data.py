@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -50,9 +51,14 @@ def labelled(batches: Iterable[Any], module: nn.Module, argument: str = "dataloa
 
 
 def to_device(value: Any, module: nn.Module) -> Any:
-    """Return a tensor on the device of a module's weights, and anything else as it is."""
+    """Return a value with all of its tensors on the device of a module's weights."""
     weight = next(module.parameters(), None)
-    return value.to(weight.device) if isinstance(value, Tensor) and weight is not None else value
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(weight.device), value) if weight is not None else value
+
+
+def arguments_of(inputs: Any) -> tuple[Any, ...]:
+    """Return the arguments of a forward pass that the inputs of a batch stand for: several in a tuple or list, or one."""
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
 def _kind(batch: Any) -> str:

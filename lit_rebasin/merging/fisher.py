@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from lit_rebasin.alignment.progress import shown
-from lit_rebasin.merging.data import evaluating, labelled, to_device
+from lit_rebasin.merging.data import arguments_of, evaluating, labelled, to_device
 
 # Entries of single examples' gradients that are held at a time (32 MiB of float32: more is slower on a CPU), and the fewest examples.
 _HELD, _FEWEST = 2**23, 8
@@ -42,21 +42,31 @@ def diagonal_fisher(
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    totals = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    totals = zeros_to_sum(weights)
     measure = loss if loss is not None else cross_entropy
 
-    def example_loss(weights: Weights, example: Tensor, target: Tensor) -> Tensor:
-        return measure(functional_call(model, weights, (example.unsqueeze(0),)), target.unsqueeze(0))
+    def example_loss(weights: Weights, *example: Tensor) -> Tensor:
+        *inputs, target = (part.unsqueeze(0) for part in example)
+        return measure(functional_call(model, weights, tuple(inputs)), target)
 
     examples = 0
     squares = SquaredGradients(example_loss)
     with evaluating(model):
         pairs = labelled(dataloader, model) if loss is not None else _self_labelled(model, dataloader, generator)
         for inputs, target in shown(pairs, "Fisher information"):
-            for name, square in squares(weights, inputs, target).items():
+            for name, square in squares(weights, *arguments_of(inputs), target).items():
                 totals[name] += square
             examples += len(target)
     return {name: total / examples for name, total in totals.items()}
+
+
+def zeros_to_sum(weights: Weights) -> Weights:
+    """Return zeros of the shapes of some weights, in a precision that squares of gradients can be summed in."""
+    return {name: torch.zeros_like(_wide(tensor)) for name, tensor in weights.items()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class SquaredGradients:
@@ -81,17 +91,17 @@ class SquaredGradients:
         if self.vectorized:
             try:
                 gradients = vmap(grad(self.loss), in_dims=(None, *(0 for _ in batch)))(weights, *batch)
-                return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
+                return {name: _wide(gradient).square().sum(0) for name, gradient in gradients.items()}
             except (RuntimeError, NotImplementedError, ValueError):
                 # Branches on data, operators without a rule, random numbers. A fault of the network's own comes up again below.
                 self.vectorized = False
-        totals = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        totals = zeros_to_sum(weights)
         for example in zip(*batch, strict=True):
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
             gradients = torch.autograd.grad(self.loss(leaves, *example), list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    totals[name] += gradient.square()
+                    totals[name] += _wide(gradient).square()
         return totals
 
 
@@ -104,7 +114,7 @@ def _self_labelled(
         empty = False
         inputs = to_device(batch[0] if isinstance(batch, tuple | list) else batch, model)
         with torch.no_grad():
-            logits = model(inputs)
+            logits = model(*arguments_of(inputs))
         if not isinstance(logits, Tensor) or logits.ndim < 2:
             raise TypeError("The model's output is no tensor of logits with classes in dimension 1: give a loss.")
         shares = logits.movedim(1, -1).softmax(-1).cpu()

@@ -1,13 +1,14 @@
 """Means and standard deviations of the channels that a layer puts out."""
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-# A standard deviation below this many roundings of the mean is one of a constant.
-_ROUNDINGS = 16
+# A range below this many roundings of the mean is one of a constant; half precision is too coarse to have more.
+_ROUNDINGS, _FEW = 16, 4
 
 
 class Moments:
@@ -17,13 +18,16 @@ class Moments:
         self.rows = 0
         self.mean: Tensor = torch.zeros(())
         self.squares: Tensor = torch.zeros(())
-        self.precision = 0.0
+        self.rounding = 0.0
+        self.least: Tensor = torch.zeros(())
+        self.most: Tensor = torch.zeros(())
 
     def add(self, rows: Tensor) -> None:
         """Add rows ``(n, channels)``."""
         if not len(rows):
             return
-        self.precision = max(self.precision, torch.finfo(rows.dtype).eps)
+        precision = torch.finfo(rows.dtype).eps
+        self.rounding = max(self.rounding, (_ROUNDINGS if precision < 1e-4 else _FEW) * precision)
         rows = rows.detach().double()
         mean = rows.mean(0)
         squares = (rows - mean).square().sum(0)
@@ -33,14 +37,31 @@ class Moments:
             self.mean = self.mean + step * (len(rows) / total)
             self.squares = self.squares + squares + step.square() * (self.rows * len(rows) / total)
             self.rows = total
+            self.least, self.most = torch.minimum(self.least, rows.amin(0)), torch.maximum(self.most, rows.amax(0))
         else:
             self.rows, self.mean, self.squares = len(rows), mean, squares
+            self.least, self.most = rows.amin(0), rows.amax(0)
 
     @property
     def std(self) -> Tensor:
         """The standard deviation of every channel; exactly 0 for a channel that is constant but for rounding."""
         std = (self.squares / self.rows).sqrt()
-        return torch.where(std > _ROUNDINGS * self.precision * self.mean.abs(), std, torch.zeros_like(std))
+        return torch.where(self.most - self.least > self.rounding * self.mean.abs(), std, torch.zeros_like(std))
+
+
+class Sighting:
+    """Remembers a tensor without keeping it, to tell later whether it comes along again, unchanged."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = weakref.ref(tensor), _version(tensor)
+
+    def is_still(self, value: Any) -> bool:
+        """Return whether a value is the very tensor, not written to since, as an activation in place would."""
+        return self._tensor() is value and value is not None and _version(value) == self._version
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def channels_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,6 +1,5 @@
 """REPAIR and RESCALE: give the channels of a merged network the spread that those of its endpoints have."""
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.alignment.progress import shown
 from lit_rebasin.merging.data import evaluating, hooks
-from lit_rebasin.merging.moments import Moments, along_channels, channels_of, fuse, rows_of
+from lit_rebasin.merging.moments import Moments, Sighting, along_channels, channels_of, fuse, rows_of
 from lit_rebasin.merging.path import LinearPath, alpha_of, even_shares, weights_of, write_weights
 from lit_rebasin.merging.statistics import reestimate_batch_norm
 
@@ -214,19 +213,21 @@ def _observe(model: nn.Module, forward: Forward, batches: Iterable[Any]) -> tupl
     moments: dict[str, Moments] = {}
     unfit: set[str] = set()
     run: list[str] = []  # names in the order of their calls in this batch
-    outputs: dict[str, weakref.ref[Tensor]] = {}
+    outputs: dict[str, Sighting] = {}
 
     def observe(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
             moments.setdefault(name, Moments()).add(rows_of(layer, output))
             run.append(name)
-            outputs[name] = weakref.ref(output)
+            outputs[name] = Sighting(output)
 
         return hook
 
     def leave(values: Any) -> None:
         """Rule out the layers whose very outputs these are."""
-        unfit.update(name for value in tree_leaves(values) for name, output in outputs.items() if output() is value)
+        unfit.update(
+            name for value in tree_leaves(values) for name, output in outputs.items() if output.is_still(value)
+        )
 
     empty = True
     with hooks() as handles:
@@ -243,6 +244,8 @@ def _observe(model: nn.Module, forward: Forward, batches: Iterable[Any]) -> tupl
             empty = False
     if empty:
         raise ValueError("batches is empty: the statistics of a merge come from data.")
+    if channels_of(model) and not moments:
+        raise ValueError("forward ran no layer of the merged network: give the network itself, or what calls it.")
     return moments, moments.keys() - unfit
 
 

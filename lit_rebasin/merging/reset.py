@@ -1,6 +1,5 @@
 """BatchNorm statistics of a merged network in closed form, from those of its endpoints."""
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +9,10 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_rebasin.merging.data import evaluating, hooks
-from lit_rebasin.merging.moments import channels_of, rows_of_weight
+from lit_rebasin.merging.moments import Sighting, channels_of, rows_of_weight
 from lit_rebasin.merging.path import LinearPath, alpha_of
 from lit_rebasin.merging.repair import check_ends
+from lit_rebasin.merging.statistics import has_batch_norm
 
 
 def reset_batch_norm(
@@ -74,14 +74,14 @@ def _statistics(
 
 def _fed_by(model: nn.Module, forward: Callable[[Any], Any], batch: Any) -> dict[_BatchNorm, nn.Module]:
     """Return BatchNorm layers with running statistics, each with the one layer whose very output it reads."""
-    outputs: dict[nn.Module, weakref.ref[Tensor]] = {}
+    outputs: dict[nn.Module, Sighting] = {}
     feeders: dict[_BatchNorm, set[nn.Module | None]] = {}
 
     def put_out(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        outputs[layer] = weakref.ref(output)
+        outputs[layer] = Sighting(output)
 
     def read(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        found = [layer for layer, output in outputs.items() if output() is inputs[0]]
+        found = [layer for layer, output in outputs.items() if output.is_still(inputs[0])]
         feeders.setdefault(norm, set()).update(found or [None])
 
     with hooks() as handles, torch.no_grad(), evaluating(model):
@@ -90,5 +90,9 @@ def _fed_by(model: nn.Module, forward: Callable[[Any], Any], batch: Any) -> dict
             if isinstance(module, _BatchNorm) and module.running_mean is not None:
                 handles.append(module.register_forward_pre_hook(read))
         forward(batch)
+    if not feeders and has_batch_norm(model):
+        raise ValueError(
+            "forward ran no BatchNorm layer of the merged network: give the network itself, or what calls it."
+        )
     single = {norm: next(iter(layers)) for norm, layers in feeders.items() if len(layers) == 1}
     return {norm: layer for norm, layer in single.items() if layer is not None}

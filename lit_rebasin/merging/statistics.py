@@ -25,8 +25,13 @@ def reestimate_batch_norm(model: nn.Module, forward: Callable[[Any], Any], batch
         batches: The data: training data, in batches as the network is trained on.
 
     Raises:
+        ValueError: If no BatchNorm layer is in training mode, or there are no batches.
         Exception: Whatever ``forward`` raises; the statistics are then what they were.
     """
+    if has_batch_norm(model) and not any(m.training for m in model.modules() if isinstance(m, _BatchNorm)):
+        raise ValueError(
+            "No BatchNorm layer is in training mode, so none would be estimated: call model.train(), and model.eval() afterwards."
+        )
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
     momenta = {layer: layer.momentum for layer in layers}
     before = {layer: {name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers}
@@ -36,8 +41,12 @@ def reestimate_batch_norm(model: nn.Module, forward: Callable[[Any], Any], batch
     finished = False
     try:
         with torch.no_grad():
+            empty = True
             for batch in batches:
                 forward(batch)
+                empty = False
+        if empty:
+            raise ValueError("batches is empty: the statistics of a merge come from data.")
         finished = True
     finally:
         for layer in layers:

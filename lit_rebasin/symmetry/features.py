@@ -67,7 +67,7 @@ class FeatureReader:
             ValueError: If the network cannot be exported with inputs of these shapes.
         """
         key = tuple(
-            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(inputs)
+            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in pytree.tree_leaves(inputs)
         )
         if key not in self._taps:
             self._taps[key] = _Taps(export(self.model, inputs, {}, training=False), self.spec)
@@ -177,5 +177,6 @@ class _Watcher(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if n in self.wanted:
-            self.values[n] = result
+            # A later node may write to it in place.
+            self.values[n] = result.clone()
         return result

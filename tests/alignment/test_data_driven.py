@@ -170,6 +170,75 @@ def test_same_seed_same_answer_and_never_worse_than_the_start():
     assert onward.cost <= first.cost + 1e-12
 
 
+@pytest.mark.parametrize("method", ["activations", "covariance"])
+def test_a_loader_that_shuffles_shows_both_networks_the_same_examples(method):
+    reference = mlp(0)
+    planted = SPEC.random(generator=torch.Generator().manual_seed(1))
+    loader = torch.utils.data.DataLoader(
+        [(x,) for x in X], batch_size=40, shuffle=True, generator=torch.Generator().manual_seed(0)
+    )
+    found = align(permute(reference, SPEC, planted), reference, method=method, spec=SPEC, data=loader)
+    assert all(torch.equal(found.permutations[name], p) for name, p in invert(planted).items())
+    assert found.cost == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["activations", "covariance"])
+@pytest.mark.parametrize("similarity", ["correlation", "cosine"])
+def test_large_means_do_not_drown_what_varies(method, similarity):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    with torch.no_grad():
+        network[0].bias.fill_(3000.0)
+    spec = permutation_spec(network, X)
+    planted = spec.random(generator=torch.Generator().manual_seed(2))
+    options = {"similarity": similarity} if method == "activations" else {}
+    found = align(permute(network, spec, planted), network, method=method, spec=spec, data=list(X.split(50)), **options)
+    if similarity == "correlation":  # cosines of all these are 1
+        assert all(torch.equal(found.permutations[name], p) for name, p in invert(planted).items())
+
+
+def test_several_values_of_a_group_count_by_the_mean_of_their_similarities():
+    """A residual stream is read by two layers, before and after something is added to it."""
+
+    class Stream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.inner, self.leave = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 3)
+
+        def forward(self, x, parts=False):
+            first = self.enter(x).tanh()
+            second = first + self.inner(first)
+            return (first, second) if parts else self.leave(second)
+
+    torch.manual_seed(3)
+    model, reference = Stream(), Stream()
+    spec = permutation_spec(model, X[:2])
+    (name,) = spec.groups
+    found = activation_matching(model, reference, spec, BATCHES)
+    similarity = 0.0
+    with torch.no_grad():
+        for theirs, ours in zip(reference(X, parts=True), model(X, parts=True), strict=True):
+            similarity = similarity + np.corrcoef(theirs.T.numpy(), ours.T.numpy())[:9, 9:] / 2
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    assert found.permutations[name].tolist() == columns.tolist()
+    assert found.cost == pytest.approx(1 - similarity[rows, columns].mean(), abs=1e-5)
+
+
+def test_directions_that_are_rounding_play_no_part():
+    """A direction without variance that rounding leaves a little of would weigh in with a power near 0."""
+    reference = mlp(0, (20, 30, 3))
+    x = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    x[:, 10:] = x[:, :10]  # half of the directions are empty
+    spec = permutation_spec(reference, x[:2])
+    planted = spec.random(generator=torch.Generator().manual_seed(0))
+    model = permute(reference, spec, planted)
+    with torch.no_grad():
+        noise = 30 * torch.randn(30, 10)
+        model[0].weight += torch.cat([noise, -noise], 1)  # along the empty ones
+    found = covariance_matching(model, reference, spec, [(x,)], power=0.01)
+    assert all(torch.equal(found.permutations[name], p) for name, p in invert(planted).items())
+
+
 def test_errors():
     model, reference = mlp(0), mlp(1)
     for match in (activation_matching, covariance_matching):

@@ -219,7 +219,7 @@ def test_fisher_information_of_batches_without_examples(tmp_path):
         return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items][:1] * len(items)), torch.zeros(3)
 
     data = DataLoader(TensorDataset(X, Y[0]), batch_size=30, collate_fn=collate)
-    with pytest.raises(ValueError, match=r"\[3, 30\] entries along their first dimension"):
+    with pytest.raises(MisconfigurationException, match=r"\[3, 30\] entries along their first dimension"):
         make_trainer(tmp_path, RebasinMerge("fisher"), max_epochs=1).fit(Joined(), data)
 
 
@@ -305,3 +305,148 @@ def test_mixed_precision(tmp_path):
     for task in range(2):
         make_trainer(tmp_path, merge, max_epochs=2, precision="bf16-mixed").fit(module, batches(task))
     assert 0 < merge.history[0]["alpha"] < 1
+
+
+def test_tied_weights(tmp_path):
+    class Tied(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 14), nn.Tanh(), nn.Linear(14, 14), nn.Tanh(), nn.Linear(14, 3))
+            self.again = nn.Linear(14, 14)
+            self.again.weight = self.net[2].weight
+
+        def training_step(self, batch, batch_idx):
+            hidden = self.net[:4](batch[0])
+            loss = cross_entropy(self.net[4](hidden + self.again(hidden).tanh()), batch[1])
+            self.log("train_loss", loss)
+            return loss
+
+    for method in ("weights", "covariance", "activations", "frank-wolfe"):
+        torch.manual_seed(0)
+        module, merge = Tied(), RebasinMerge(0.5, method)
+        for task in range(2):
+            make_trainer(tmp_path, Held(), merge, max_epochs=3).fit(module, batches(task))
+        assert merge.history[0]["moved"] > 0
+        assert module.again.weight is module.net[2].weight
+
+
+def test_tied_embedding_and_output(tmp_path):
+    class Words(Plain):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.mixer, self.output = nn.Embedding(7, 12), nn.Linear(12, 12), nn.Linear(12, 7)
+            self.output.weight = self.embedding.weight
+            self.net = nn.ModuleList([self.mixer])  # given fresh weights by the callback before every task
+
+        def training_step(self, batch, batch_idx):
+            tokens = batch[1]
+            return cross_entropy(self.output(self.mixer(self.embedding(tokens)).tanh()), (tokens + 1) % 7)
+
+    for method in ("weights", "covariance", "activations", "frank-wolfe", "sinkhorn"):
+        torch.manual_seed(0)
+        module, merge = Words(), RebasinMerge(0.5, method, options={"steps": 3} if method == "sinkhorn" else None)
+        for task in range(2):
+            make_trainer(tmp_path, Held(), merge, max_epochs=2).fit(module, batches(task))
+        assert len(merge.history) == 1
+        assert module.output.weight is module.embedding.weight
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+@pytest.mark.parametrize("method", ["weights", "covariance", "sinkhorn", "straight-through"])
+def test_true_half_and_double_precision(tmp_path, precision, method):
+    options = {"steps": 2} if METHODS[method][1] == "labels" else {}
+    module, merge = Plain(), RebasinMerge(0.5, method, options=options)
+    module.configure_optimizers = lambda: torch.optim.SGD(
+        module.parameters(), lr=0.05
+    )  # float16 is too coarse for Adam
+    for task in range(2):
+        make_trainer(tmp_path, Held(), merge, max_epochs=2, precision=precision).fit(module, batches(task))
+    assert merge.history[0]["moved"] > 0
+    assert {p.dtype for p in module.parameters()} == {
+        {"b": torch.bfloat16, "1": torch.float16, "6": torch.float64}[precision[0]]
+    }
+
+
+def test_batch_norm_that_is_held_keeps_its_statistics(tmp_path):
+    class HeldNorm(Plain):
+        def on_train_epoch_start(self):
+            self.net[1].eval()
+
+    for statistics in STATISTICS:
+        torch.manual_seed(0)
+        module, merge = HeldNorm(norm=True), RebasinMerge(0.5, statistics=statistics)
+        for task in range(2):
+            make_trainer(tmp_path, Held(), merge, max_epochs=2).fit(module, batches(task))
+        if statistics != "data-free":
+            assert module.net[1].running_mean.abs().max() == 0
+
+
+def test_heads_are_averaged_out_where_they_hide_what_is_inside(tmp_path):
+    """The callback finds planted heads and features by their activations, which takes reading them averaged."""
+
+    class Attending(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def training_step(self, batch, batch_idx):
+            x = batch[0][:, None, :].repeat(1, 3, 2)[..., :8] + torch.arange(3.0)[None, :, None]
+            loss = cross_entropy(self.head(self.attention(x, x, x)[0].mean(1)), batch[1])
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class Planted(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if merge.previous is not None and merge.n_tasks == 1 and trainer.is_last_batch:
+                held = {**merge.previous}
+                planted = merge.spec.random(generator=torch.Generator().manual_seed(1))
+                moved = permute(held, merge.spec, planted)
+                with torch.no_grad():
+                    for name, parameter in module.named_parameters():
+                        parameter.copy_(moved[name])
+
+    torch.manual_seed(0)
+    module, merge = Attending(), RebasinMerge(0.5, "activations")
+    for task in range(2):
+        make_trainer(tmp_path, Planted(), merge, max_epochs=1).fit(module, batches(task))
+    assert merge.history[0]["barrier_before"] > 1e-4
+    assert merge.history[0]["barrier_after"] < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*is refused:UserWarning")
+def test_a_merge_that_its_correction_breaks_is_refused(tmp_path, monkeypatch):
+    def broken(merged, *args, **kwargs):
+        with torch.no_grad():
+            merged.net[0].weight.fill_(float("nan"))
+        return []
+
+    monkeypatch.setattr("lit_rebasin.callbacks.correction.repair", broken)
+    module, held = merged(tmp_path, merge := RebasinMerge(0.5, statistics="repair"))
+    assert "refused" in merge.history[0]
+    for name, tensor in tensors(held.previous).items():
+        assert torch.equal(tensors(module.net)[name], tensor)
+
+
+def test_a_loss_without_gradients_on_single_examples_has_no_fisher_information(tmp_path):
+    class Contrast(Plain):
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self.net(batch[0]) @ self.net(batch[0]).T, torch.arange(len(batch[0])))
+
+    with pytest.raises(MisconfigurationException, match="no gradient on single examples"):
+        make_trainer(tmp_path, RebasinMerge("fisher")).fit(Contrast(), batches(0))
+
+
+def test_data_free_statistics_need_a_batch_norm(tmp_path):
+    with pytest.raises(MisconfigurationException, match="is for BatchNorm, of which Plain has none"):
+        make_trainer(tmp_path, RebasinMerge(statistics="data-free")).fit(Plain(), batches(0))
+
+
+def test_state_of_a_version_without_fisher_information(tmp_path):
+    merge = RebasinMerge()
+    merged(tmp_path, merge, tasks=1)
+    state = {name: value for name, value in merge.state_dict().items() if not name.startswith("fisher")}
+    RebasinMerge().load_state_dict(state)

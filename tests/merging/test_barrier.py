@@ -113,3 +113,19 @@ def test_bad_arguments():
         loss_barrier(path, [inputs])
     with pytest.raises(ValueError, match="at least 3"):
         loss_barrier(path, [(inputs, targets)], 2)
+
+
+def test_networks_of_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+
+        def forward(self, x, z):
+            return self.a(x) + self.b(z)
+
+    torch.manual_seed(0)
+    ends, x, z, targets = [Two(), Two()], torch.randn(9, 3), torch.randn(9, 2), torch.arange(9) % 4
+    found = loss_barrier(LinearPath(*ends), [((x, z), targets)], 3)
+    for k, end in ((0, ends[1]), (2, ends[0])):
+        assert float(found.losses[k]) == pytest.approx(float(cross_entropy(end(x, z), targets)), rel=1e-5)

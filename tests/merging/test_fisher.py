@@ -144,3 +144,37 @@ def test_bad_arguments():
         diagonal_fisher(nn.Sequential(model, nn.Flatten(0)), [inputs])
     with pytest.raises(RuntimeError, match="shape"):  # the network's own error, not one of vmap
         diagonal_fisher(nn.Linear(3, 2), [(torch.randn(4, 5), targets[:4])], loss=cross_entropy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_single(dtype):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(60, 4)
+    targets = model(inputs).argmax(1)
+    expected = diagonal_fisher(copy.deepcopy(model).double(), [(inputs.double(), targets)], loss=cross_entropy)
+    half = copy.deepcopy(model).to(dtype)
+    found = diagonal_fisher(half, [(inputs.to(dtype), targets)], loss=cross_entropy)
+    for name, diagonal in found.items():
+        assert diagonal.dtype == torch.float32
+        assert float((diagonal - expected[name]).norm() / expected[name].norm()) < 0.05
+
+
+def test_networks_of_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+
+        def forward(self, x, z):
+            return self.a(x) + self.b(z).tanh()
+
+    torch.manual_seed(0)
+    model, x, z = Two().double(), torch.randn(9, 3).double(), torch.randn(9, 2).double()
+    targets = torch.arange(9) % 4
+    found = diagonal_fisher(model, [((x, z), targets)], loss=cross_entropy)
+    total = torch.zeros_like(model.b.weight)
+    for k in range(9):
+        loss = cross_entropy(model(x[k : k + 1], z[k : k + 1]), targets[k : k + 1])
+        total += torch.autograd.grad(loss, model.b.weight)[0].square() / 9
+    torch.testing.assert_close(found["b.weight"], total)
+    assert diagonal_fisher(model, [((x, z), targets)]).keys() == found.keys()

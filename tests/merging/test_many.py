@@ -245,9 +245,10 @@ def test_weights_are_the_shares_of_the_average_and_of_what_is_maximised(method):
     for name, tensor in merged.weights.items():
         torch.testing.assert_close(tensor, weighted_sum([m[name] for m in moved], [0.2, 0.5, 0.3]))
     # The third model has next to no say: the second is matched to the first as if they were alone.
-    two = merge_many(models[:2], spec)
-    three = merge_many(models, spec, weights=[1, 1, 1e-7])
-    assert all(torch.equal(three.permutations[1][name], p) for name, p in two.permutations[1].items())
+    two = merge_many(models[:2], spec, method=method)
+    three = merge_many(models, spec, method=method, weights=[1, 1, 1e-7])
+    if method != "barycenter":  # whose particles are drawn anew for three
+        assert all(torch.equal(three.permutations[1][name], p) for name, p in two.permutations[1].items())
 
 
 def test_seed_draws_the_order_of_the_models():

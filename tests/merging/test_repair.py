@@ -191,3 +191,41 @@ def test_as_statistics_of_a_barrier():
     path, test = LinearPath(*aligned_pair("deep mlp")), [(test_inputs, test_targets)]
     repaired = loss_barrier(path, test, 3, statistics=lambda model, alpha: repair(model, path, alpha, model, [inputs]))
     assert repaired.accuracy_barrier < 0.8 * loss_barrier(path, test, 3).accuracy_barrier
+
+
+def test_half_precision_has_its_spread_restored():
+    """Around a mean of ten, bfloat16 has steps of 1/16: too coarse for the rule by which a constant is told in float32."""
+    torch.manual_seed(0)
+    ends = [nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2)]
+    inputs = torch.randn(2000, 6)
+    with torch.no_grad():
+        for end, spread in zip(ends, (1.0, 3.0), strict=True):
+            end[0].weight *= spread / end[0](inputs).std(0)[:, None]
+            end[0].bias.fill_(10.0)
+    path = LinearPath(*[end.bfloat16().eval() for end in ends])
+    merged = path.module_at(0.5)
+    assert repair(merged, path, 0.5, merged, [inputs.bfloat16()]) == ["0"]
+    torch.testing.assert_close(merged[0](inputs.bfloat16()).float().std(0), torch.full((16,), 2.0), rtol=0.05, atol=0)
+
+
+def test_forward_of_another_network():
+    path, inputs = LinearPath(*aligned_pair("mlp")), [digits()[0]]
+    merged, other = path.module_at(0.5), path.module_at(0.5)
+    with pytest.raises(ValueError, match="forward ran no layer of the merged network"):
+        repair(merged, path, 0.5, other, inputs)
+
+
+def test_a_layer_behind_an_activation_in_place_does_not_feed_the_batch_norm():
+    torch.manual_seed(0)
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(1)
+        ends = [
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=inplace), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+            for _ in range(2)
+        ]
+        path, inputs = LinearPath(*ends), torch.randn(50, 6)
+        merged = path.module_at(0.5)
+        found.append((repair(merged, path, 0.5, merged, [inputs]), merged[0].weight.detach()))
+    assert found[0][0] == found[1][0] == ["0"]
+    torch.testing.assert_close(found[0][1], found[1][1])

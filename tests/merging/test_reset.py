@@ -116,3 +116,20 @@ def test_endpoints_that_do_not_fit():
         reset_batch_norm(copy.deepcopy(new), path, 0.5, new, inputs)
     with pytest.raises(ValueError, match="very tensor"):
         reset_batch_norm(new, LinearPath(previous, new), 0.5, new, inputs)
+
+
+def test_forward_of_another_network():
+    ends = endpoints(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)), white(20, 4))
+    path = LinearPath(*ends)
+    merged, other = path.module_at(0.5), path.module_at(0.5)
+    with pytest.raises(ValueError, match="forward ran no BatchNorm layer of the merged network"):
+        reset_batch_norm(merged, path, 0.5, other, white(20, 4))
+
+
+def test_re_estimation_needs_training_mode_and_batches():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval()
+    with pytest.raises(ValueError, match=r"No BatchNorm layer is in training mode, .* call model.train\(\)"):
+        reestimate_batch_norm(model, model, [torch.randn(6, 4)])
+    with pytest.raises(ValueError, match="batches is empty"):
+        reestimate_batch_norm(model.train(), model, [])
+    assert torch.equal(model[1].running_var, torch.ones(5))

@@ -108,3 +108,22 @@ def test_a_network_that_cannot_be_exported_says_so():
     model = Branch(4, 4)
     with pytest.raises(ValueError, match="cannot be exported"):
         FeatureReader(model, PermutationSpec()).read(tensors_of(model), (torch.randn(2, 4),))
+
+
+def test_values_are_those_before_a_later_node_writes_to_them():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            hidden = self.a(x)
+            other = self.b(hidden)
+            hidden += other
+            return self.c(hidden)
+
+    torch.manual_seed(0)
+    model, x = Writes(), torch.randn(6, 4)
+    read = FeatureReader(model, permutation_spec(model, x)).read(tensors_of(model), (x,))
+    torch.testing.assert_close(read.layers["b.weight"], [model.a(x)])
+    torch.testing.assert_close(read.layers["c.weight"], [model.a(x) + model.b(model.a(x))])
