@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_rebasin.alignment.batches import Batches, inputs_of
 from lit_rebasin.alignment.costs import (
@@ -21,7 +20,14 @@ from lit_rebasin.alignment.costs import (
 )
 from lit_rebasin.alignment.methods import METHODS, Problem, check_method, check_start, find
 from lit_rebasin.alignment.result import Alignment
-from lit_rebasin.symmetry import FeatureReader, Features, PermutationSpec, attributes_kept, permutation_spec
+from lit_rebasin.symmetry import (
+    FeatureReader,
+    Features,
+    PermutationSpec,
+    attributes_kept,
+    permutation_spec,
+    use_batch_statistics,
+)
 from lit_rebasin.symmetry.spec import tensors_of
 
 Weights = Mapping[str, Tensor]
@@ -211,7 +217,5 @@ def _run(network: nn.Module, weights: Weights, inputs: tuple[Any, ...]) -> Any:
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}  # BatchNorm writes to them
     with attributes_kept(network.modules()):
         network.eval()
-        for module in network.modules():
-            if isinstance(module, _BatchNorm):
-                module.train(module.track_running_stats)
+        use_batch_statistics(network)
         return functional_call(network, {**buffers, **weights}, inputs)

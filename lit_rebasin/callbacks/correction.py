@@ -4,8 +4,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_rebasin.callbacks.merge import MergeOutcome
-from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
+from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.merging import reestimate_batch_norm, repair, reset_batch_norm
+from lit_rebasin.merging.path import weights_of
 
 
 def correct(module: torch.nn.Module, step: StepLoss, outcome: MergeOutcome, statistics: str) -> None:
@@ -30,6 +31,6 @@ def correct(module: torch.nn.Module, step: StepLoss, outcome: MergeOutcome, stat
         repair(module, outcome.path, outcome.alpha, step, batches, mean=statistics == "repair")
         for buffer, value in kept.items():  # of layers that the user holds in evaluation mode
             buffer.copy_(value)
-        loss, logged = step.mean(named_tensors(module), batches)
+        loss, logged = step.mean(weights_of(module), batches)
         outcome.numbers["loss_after"] = float(loss)
         outcome.numbers.update({f"{name}_after": value for name, value in logged.items()})

@@ -19,11 +19,11 @@ from lit_rebasin.callbacks.report import log_merge, log_settings
 from lit_rebasin.callbacks.settings import MergeSettings, Method
 from lit_rebasin.callbacks.step_features import check_readable
 from lit_rebasin.callbacks.step_fisher import check_measurable, step_fisher
-from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, draw_batches, named_tensors
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, draw_batches
 from lit_rebasin.callbacks.step_spec import step_spec
 from lit_rebasin.callbacks.task_end import epochs_per_task, rewrite_last_checkpoints, task_ends
 from lit_rebasin.merging import NoFiniteLossError, has_batch_norm
-from lit_rebasin.merging.path import write_weights
+from lit_rebasin.merging.path import weights_of, write_weights
 from lit_rebasin.symmetry import PermutationSpec, join
 
 
@@ -118,7 +118,7 @@ class RebasinMerge(Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Compare the model with the one that is remembered, before training."""
         if self.previous is not None:
-            check_same_architecture(named_tensors(pl_module), self.previous)
+            check_same_architecture(weights_of(pl_module), self.previous)
             if self.settings.measures_fisher and not self._fisher:
                 raise MisconfigurationException(
                     f"RebasinMerge(alpha={self.settings.alpha!r}) needs the Fisher information of the tasks so far, which this state lacks, "
@@ -136,7 +136,7 @@ class RebasinMerge(Callback):
             loop._batches_that_stepped = self._steps_before
         if self.previous is None:
             self.spec = None
-            self._initial = {name: tensor.cpu().clone() for name, tensor in named_tensors(pl_module).items()}
+            self._initial = {name: tensor.cpu().clone() for name, tensor in weights_of(pl_module).items()}
 
     @override
     def on_train_batch_start(
@@ -221,7 +221,7 @@ class RebasinMerge(Callback):
 
     def _finish_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         task = self.n_tasks
-        trained = {name: tensor.clone() for name, tensor in named_tensors(pl_module).items()}
+        trained = {name: tensor.clone() for name, tensor in weights_of(pl_module).items()}
         if not self._traced and self.settings.method != "identity":
             raise ValueError(
                 f"{type(pl_module).__name__}.training_step returned None on every batch of task {task}, but the merge needs its loss: "
@@ -253,7 +253,7 @@ class RebasinMerge(Callback):
     def _not_finite(self, pl_module: "pl.LightningModule") -> str | None:
         """Return a tensor that training has broken; one that was not finite before, such as a mask, is none."""
         before = self.previous if self.previous is not None else self._initial
-        for name, tensor in named_tensors(pl_module).items():
+        for name, tensor in weights_of(pl_module).items():
             if not tensor.isfinite().all() and (name not in before or before[name].isfinite().all()):
                 return name
         return None
@@ -283,7 +283,7 @@ class RebasinMerge(Callback):
             write_weights(pl_module, outcome.weights)
             correct(pl_module, step, outcome, self.settings.statistics)
             _check_finite(outcome.numbers["loss_after"])
-            write_weights(pl_module, trainer.strategy.broadcast(named_tensors(pl_module)))
+            write_weights(pl_module, trainer.strategy.broadcast(weights_of(pl_module)))
         self._add_fisher(outcome.fisher)
         self.history.append({"task": task, **outcome.numbers})
         log_merge(trainer, outcome, task)
@@ -322,7 +322,7 @@ class RebasinMerge(Callback):
 
     def _remember(self, pl_module: "pl.LightningModule") -> None:
         """Keep the model as the reference of the next task."""
-        now = {name: tensor.cpu().clone() for name, tensor in named_tensors(pl_module).items()}
+        now = {name: tensor.cpu().clone() for name, tensor in weights_of(pl_module).items()}
         before = self.previous if self.previous is not None else self._initial
         parameters = {name for name, _ in pl_module.named_parameters()}
         self._trained |= {name for name in parameters if name not in before or not torch.equal(now[name], before[name])}

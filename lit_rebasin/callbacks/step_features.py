@@ -8,7 +8,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
+from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.merging.path import weights_of
 from lit_rebasin.symmetry import FeatureReader, Features, Group, PermutationSpec
 
 # Where the module's tensors are in a module that runs its training step.
@@ -72,7 +73,7 @@ def check_readable(step: StepLoss, spec: PermutationSpec, batch: Any) -> None:
     """Raise a MisconfigurationException where features cannot be read."""
     with step.quiet():
         try:
-            StepFeatures(step, spec).read(named_tensors(step.module), batch)
+            StepFeatures(step, spec).read(weights_of(step.module), batch)
         except ValueError as error:
             raise MisconfigurationException(
                 "The methods covariance and activations compare what networks compute in training_step, whose graph cannot be had: choose "

@@ -7,9 +7,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, named_tensors
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
 from lit_rebasin.merging import SquaredGradients, zeros_to_sum
 from lit_rebasin.merging.data import evaluating
+from lit_rebasin.merging.path import weights_of
 
 # Examples that a merge measures it on. The sums of it that choose an alpha run over all weights, so they need few.
 _EXAMPLES = 256
@@ -60,7 +61,7 @@ def check_measurable(step: StepLoss, batch: Any) -> None:
     """Raise a MisconfigurationException if single examples teach nothing, before a task is spent."""
     with step.quiet():
         try:
-            found = step_fisher(step, named_tensors(step.module), [batch])
+            found = step_fisher(step, weights_of(step.module), [batch])
         except NoLossError:
             return
         except ValueError as error:

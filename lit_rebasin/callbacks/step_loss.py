@@ -18,13 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
+from lit_rebasin.merging.path import weights_of
 from lit_rebasin.symmetry import attributes_kept
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and buffers by name, detached but not copied; tied weights appear under their first name."""
-    both = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach() for name, tensor in both}
 
 
 class NoLossError(ValueError):
@@ -91,7 +86,7 @@ class StepLoss(nn.Module):
 
     def loss(self, batch: Any) -> Tensor:
         """Return the loss of the module's present weights on a batch, and leave its buffers as they are."""
-        return self.at(named_tensors(self.module), batch)
+        return self.at(weights_of(self.module), batch)
 
     def at(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss of the given weights on a batch, differentiable in the weights."""

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.matching import Setting
 from lit_rebasin.merging import LinearPath, has_batch_norm, reestimate_batch_norm, repair, repair_many, reset_batch_norm
 from lit_rebasin.merging.data import evaluating
+from lit_rebasin.symmetry import use_batch_statistics
 
 NEED_DATA = ("repair", "rescale", "reestimate")
 NEED_BATCH_NORM = ("reestimate", "data-free")
@@ -52,9 +52,7 @@ class Correction:
     def reestimate(self, merged: nn.Module) -> None:
         """Estimate the running statistics of BatchNorm on the data; all else runs as in evaluation."""
         with evaluating(merged):
-            for module in merged.modules():
-                if isinstance(module, _BatchNorm):
-                    module.train(module.track_running_stats)
+            use_batch_statistics(merged)
             reestimate_batch_norm(merged, merged, self.setting.inputs)
 
 

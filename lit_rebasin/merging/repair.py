@@ -15,6 +15,7 @@ from lit_rebasin.merging.data import evaluating, hooks
 from lit_rebasin.merging.moments import Moments, Sighting, along_channels, channels_of, fuse, rows_of
 from lit_rebasin.merging.path import LinearPath, alpha_of, even_shares, weights_of, write_weights
 from lit_rebasin.merging.statistics import reestimate_batch_norm
+from lit_rebasin.symmetry import use_batch_statistics
 
 Forward = Callable[[Any], Any]
 
@@ -77,7 +78,9 @@ def repair_many(
     weights: Sequence[float] | None = None,
     mean: bool = True,
 ) -> list[str]:
-    """Correct a merge of many as :func:`repair` does one of two: the goals are the mean of the members' moments.
+    """Correct a merge of many as :func:`repair` does one of two: the goals are the means of the members' means and standard deviations.
+
+    (Crisostomi et al., NeurIPS 2024, take the mean of the variances there.)
 
     Args:
         merged: The merged network, changed in place.
@@ -165,9 +168,7 @@ class _Correction:
 
     def run(self, merged: nn.Module, forward: Forward, batches: Iterable[Any]) -> None:
         """Run the merged network with corrected layers, and BatchNorm as it does in training."""
-        for module in merged.modules():
-            if isinstance(module, _BatchNorm):
-                module.train(module.track_running_stats)
+        use_batch_statistics(merged)
         layers = channels_of(merged)
         with hooks() as handles:
             for name in self.goals:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -26,6 +27,13 @@ def attributes_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
             for name, (value, content) in kept.items():
                 attributes[name] = value
                 _refill(value, content)
+
+
+def use_batch_statistics(network: nn.Module) -> None:
+    """Put the BatchNorm layers that keep running statistics in training mode, all else as it is: a merge has no statistics of its own yet."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.train(module.track_running_stats)
 
 
 def _content(value: Any) -> Any:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lit_rebasin import PermutationSpec, RebasinMerge, SinkhornRebasin, permute
 from lit_rebasin.callbacks.merge import merge_task
 from lit_rebasin.callbacks.settings import MergeSettings
-from lit_rebasin.callbacks.step_loss import StepLoss, draw_batches, named_tensors
+from lit_rebasin.callbacks.step_loss import StepLoss, draw_batches
+from lit_rebasin.merging.path import weights_of
 from lit_rebasin.symmetry import invert
 
 from .user_code import make_trainer
@@ -73,7 +74,7 @@ def scene(tmp_path):
             self.trainer.fit(self.module, DataLoader(self.data, batch_size=20))
             self.step = StepLoss(self.trainer, self.module)
             self.batches = draw_batches(self.trainer, 3)
-            self.trained = {name: tensor.clone() for name, tensor in named_tensors(self.module).items()}
+            self.trained = {name: tensor.clone() for name, tensor in weights_of(self.module).items()}
             self.trained["count"] = torch.tensor(9)
             self.previous = {
                 name: torch.randn_like(tensor) if name in SHARED else tensor.clone()
@@ -267,10 +268,10 @@ def test_numbers_of_a_merge(scene, method):
 def test_merge_writes_to_nothing(scene):
     copies = [
         {name: tensor.clone() for name, tensor in weights.items()}
-        for weights in (scene.trained, scene.previous, named_tensors(scene.module))
+        for weights in (scene.trained, scene.previous, weights_of(scene.module))
     ]
     scene.merge()
-    for copy, weights in zip(copies, (scene.trained, scene.previous, named_tensors(scene.module)), strict=True):
+    for copy, weights in zip(copies, (scene.trained, scene.previous, weights_of(scene.module)), strict=True):
         assert all(torch.equal(copy[name], tensor) for name, tensor in weights.items())
 
 

@@ -14,7 +14,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 from torchmetrics.functional.classification import multiclass_precision, multiclass_recall
 
-from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, draw_batches, named_tensors
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss, draw_batches
+from lit_rebasin.merging.path import weights_of
 
 from .user_code import make_trainer
 
@@ -106,7 +107,7 @@ def test_loss_of_other_weights_and_its_gradient(tmp_path):
     held_in_evaluation(step.module)
     weights = {
         name: torch.randn_like(tensor).abs() if tensor.is_floating_point() else tensor
-        for name, tensor in named_tensors(step.module).items()
+        for name, tensor in weights_of(step.module).items()
         if not name.startswith(("accuracy", "mean"))
     }
     trained = {name: tensor.clone().requires_grad_() for name, tensor in weights.items() if name.endswith("t")}
@@ -122,15 +123,15 @@ def test_loss_of_other_weights_and_its_gradient(tmp_path):
 
 def test_buffers_may_come_with_a_gradient_and_none_is_written_to(tmp_path):
     step, _ = attach(tmp_path)
-    weights = {name: tensor.clone() for name, tensor in named_tensors(step.module).items()}
+    weights = {name: tensor.clone() for name, tensor in weights_of(step.module).items()}
     weights["norm.running_var"].requires_grad_()
     copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
-    before = {name: tensor.clone() for name, tensor in named_tensors(step.module).items()}
+    before = {name: tensor.clone() for name, tensor in weights_of(step.module).items()}
     with step.quiet():
         step.at(weights, batches_of(step)[0])
         step.mean(weights, batches_of(step))
     assert all(torch.equal(weights[name], tensor) for name, tensor in copies.items())
-    assert all(torch.equal(before[name], tensor) for name, tensor in named_tensors(step.module).items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(step.module).items())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_step_runs_in_the_precision_of_the_training(tmp_path, precision, expecte
     step, _ = attach(tmp_path, precision=precision)
     with step.quiet():
         step.loss(batches_of(step)[0])
-        step.mean(named_tensors(step.module), batches_of(step)[:1])
+        step.mean(weights_of(step.module), batches_of(step)[:1])
     assert [expected] * 2 == DTYPES
 
 
@@ -148,7 +149,7 @@ def test_what_the_step_notes_down_is_put_back(tmp_path):
     step, _ = attach(tmp_path)
     step.module.notes = notes = [3]
     with step.quiet():
-        step.mean(named_tensors(step.module), batches_of(step))
+        step.mean(weights_of(step.module), batches_of(step))
     assert step.module.notes is notes
     assert notes == [3]
 
@@ -169,12 +170,12 @@ def test_mean_of_losses_logs_and_metrics(tmp_path):
     step, _ = attach(tmp_path)
     module, batches = held_in_evaluation(step.module), batches_of(step)
     with step.quiet():
-        step.mean(named_tensors(module), batches[:1])
-        weights = {name: tensor.requires_grad_(name == "head.weight") for name, tensor in named_tensors(module).items()}
+        step.mean(weights_of(module), batches[:1])
+        weights = {name: tensor.requires_grad_(name == "head.weight") for name, tensor in weights_of(module).items()}
         loss, logged = step.mean(weights, batches)
         hits = 0
         for x, y in batches:
-            logits = functional_call(module, {n: t.clone() for n, t in named_tensors(module).items()}, (x,))
+            logits = functional_call(module, {n: t.clone() for n, t in weights_of(module).items()}, (x,))
             hits += int((logits.argmax(1) == y).sum())
     by_hand = [float(loss_by_hand(module.state_dict(), x, y)) for x, y in batches]
     assert float(loss) == pytest.approx(sum(by_hand) / 3, rel=1e-5)
@@ -206,7 +207,7 @@ def test_collection_of_metrics(tmp_path):
         with step.quiet():
             step.module.norm.eval()
             step.module.held.eval()
-            _, logged = step.mean(named_tensors(step.module), batches[:repeat])
+            _, logged = step.mean(weights_of(step.module), batches[:repeat])
             logits, y = torch.cat([step.module(x) for x, _ in batches[:repeat]]), DATA.tensors[1][: 20 * repeat]
         assert logged["train_recall"] == pytest.approx(float(multiclass_recall(logits, y, 3)))
         assert logged["train_precision"] == pytest.approx(float(multiclass_precision(logits, y, 3)))

@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 from lit_rebasin import permute
-from lit_rebasin.callbacks.step_loss import StepLoss, named_tensors
+from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.callbacks.step_spec import step_spec
+from lit_rebasin.merging.path import weights_of
 from lit_rebasin.symmetry import rule
 
 from .user_code import UserModule, make_trainer
@@ -123,11 +124,11 @@ def with_metrics(m, batch):
 )
 def test_steps(tmp_path, step, parts, moves):
     module = Step(step, net=mlp(), **parts)
-    before = {name: tensor.clone() for name, tensor in named_tensors(module).items()}
+    before = {name: tensor.clone() for name, tensor in weights_of(module).items()}
     spec = step_spec(attached(tmp_path, module), (X, Y))
     moving = [str(axis) for group in spec.groups.values() for axis in group.axes]
     assert {axis for axis in moving if axis.endswith("weight[0]")} == {f"{name}.weight[0]" for name in moves}
-    assert all(torch.equal(before[name], tensor) for name, tensor in named_tensors(module).items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(module).items())
     module.log = module.log_dict = lambda *args, **kwargs: None
     first, second = losses(module, spec, (X, Y))
     assert second == pytest.approx(first, rel=1e-5)
@@ -181,12 +182,12 @@ def test_part_that_cannot_be_traced_is_fixed_and_the_rest_moves(tmp_path):
 
 def test_the_module_is_left_as_it_was(tmp_path):
     module = UserModule()
-    before = {name: tensor.clone() for name, tensor in named_tensors(module).items()}
+    before = {name: tensor.clone() for name, tensor in weights_of(module).items()}
     modes = [part.training for part in module.modules()]
     step, state = attached(tmp_path, module), torch.random.get_rng_state()
     spec = step_spec(step, (X.new_ones(5, 64), torch.arange(5)))
     assert set(spec.groups) == {"net.1", "net.5"}
-    assert all(torch.equal(before[name], tensor) for name, tensor in named_tensors(module).items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(module).items())
     assert [part.training for part in module.modules()] == modes
     assert torch.equal(state, torch.random.get_rng_state())
     assert not {"log", "log_dict"} & set(module.__dict__)
