@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_rebasin import LinearPath, loss_barrier, reestimate_batch_norm, repair, reset_batch_norm
 
-PAIRS = {"VGG-11 with BatchNorm": ((0, 1), (2, 3)), "ResNet-20, width 4x": ((0, 1), (2, 3)), "VGG-11": ((0, 1),)}
+PAIRS = {"VGG-11 with BatchNorm": ((0, 1), (2, 3)), "ResNet-20, width 4x": ((0, 1),), "VGG-11": ((0, 1),)}
 METHODS = (
     "identity",
     "weights",

@@ -59,6 +59,19 @@ def moved(weights: Mapping[str, Tensor], group: Group, permutation: Tensor) -> d
     return permute(weights, PermutationSpec({group.name: group}), {group.name: permutation})
 
 
+def averaged(weights: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
+    """Return the weights with every neuron of a group replaced by the mean of all; tensors that are not there play no part."""
+    found = dict(weights)
+    for axis in group.axes:
+        if axis.tensor in found:
+            tensor = found[axis.tensor]
+            values = neurons(tensor, axis, group.size)
+            mean = values.mean(0, keepdim=True).expand_as(values).movedim(0, axis.dim + 1)
+            entries = axis.entries(group.size).flatten()
+            found[axis.tensor] = tensor.index_copy(axis.dim, entries, mean.flatten(axis.dim, axis.dim + 2))
+    return found
+
+
 def agreement(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], group: Group) -> Tensor:
     """Return the inner product of two models over the tensors of a group, which the matching maximises."""
     names = {axis.tensor for axis in group.axes}

@@ -78,7 +78,7 @@ def align(
             which takes the statistics of the batch. Default: ``"midpoint"`` with data, else
             ``"l2"``.
         init: Where to start: the name of a method, or permutations by group name. Default: ``"weights"`` for sinkhorn and straight-through,
-            else the identity.
+            else the method's own, which is no worse than the identity.
         alpha: Weight of the reference in the incremental cost.
         seed: Of everything drawn.
         **options: Further arguments of the method's function.

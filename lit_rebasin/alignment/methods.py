@@ -77,13 +77,14 @@ def find(
         distance = float(l2_cost(ours, theirs))
         return Alignment(spec.identity(), distance, [distance], "identity", True, perf_counter() - started)
     start = _start(problem, init if init is not None else usual, seed)
+    given = None if init is None else start  # these have starts of their own
     if method == "frank-wolfe":
-        return frank_wolfe_matching(ours, theirs, spec, init=None if init is None else start, **options)
+        return frank_wolfe_matching(ours, theirs, spec, init=given, **options)
     if method == "weights":
-        return weight_matching(ours, theirs, spec, init=start, seed=seed, **options)
+        return weight_matching(ours, theirs, spec, init=given, seed=seed, **options)
     if method == "covariance":
         features = problem.read((problem.model, problem.reference), ())
-        return covariance_matching(ours, theirs, spec, features, init=start, seed=seed, **options)
+        return covariance_matching(ours, theirs, spec, features, init=given, seed=seed, **options)
     if method == "activations":
         return activation_matching(problem.model, problem.reference, spec, problem.read, init=start, **options)
     cost, evaluate = problem.costs()

@@ -1,6 +1,7 @@
 """Weight matching: permute a model's neurons onto those of a reference by their weights alone."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from time import perf_counter
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from lit_rebasin.alignment.agreement import (
     TOLERANCE,
     agreement,
+    averaged,
     balanced,
     bound,
     cosine_cost,
@@ -52,16 +54,17 @@ def weight_matching(
         model: Parameters by name. Statistics, such as running variances, do not belong here: their scale would drown the weights.
         reference: The parameters that stay put, of the same names and shapes.
         spec: The symmetries of the network; axes of tensors that are not in ``model`` play no part.
-        init: The permutations to start from, by group name. Default: the identity.
+        init: The permutations to start from, by group name. Default: the better end of two starts, the identity, and one that prefers no
+            permutation, in which every group is first matched with those that are still to come averaged out.
         normalize: Whether every layer (all tensors of one module) counts by its cosine, whatever the size of its weights. Not so in the paper.
         restarts: How often to start again from random permutations; the best of all is returned.
         seed: Seed of the order of the groups and of the restarts.
         max_sweeps: Bound on the sweeps over all groups, of each start.
 
     Returns:
-        The alignment, never worse than ``init``. Its cost is the mean over the layers of one less their cosine, or if ``normalize`` is off the
-        mean squared difference of :func:`~lit_rebasin.alignment.costs.l2_cost`. Its history has one entry for the start and one a sweep; of
-        restarts, one more each with the least cost so far.
+        The alignment, never worse than ``init``, or the identity. Its cost is the mean over the layers of one less their cosine, or if
+        ``normalize`` is off the mean squared difference of :func:`~lit_rebasin.alignment.costs.l2_cost`. Its history has one entry for the
+        start and one a sweep; of every further start, one more with the least cost so far.
 
     Raises:
         ValueError: If the two models differ in names or shapes, or a number is out of range.
@@ -77,14 +80,32 @@ def weight_matching(
     generator = torch.Generator().manual_seed(seed)
     start = {**spec.identity(), **(init or {})}
     permutations, history, converged = coordinate_ascent(ours, weighed, spec, start, cost, generator, max_sweeps)
-    for _ in range(restarts):
-        found, costs, ended = coordinate_ascent(
-            ours, weighed, spec, spec.random(generator=generator), cost, generator, max_sweeps
-        )
+    drawn = (spec.random(generator=generator) for _ in range(restarts))
+    for other in chain([] if init is not None else [_unprejudiced(ours, weighed, spec, generator)], drawn):
+        found, costs, ended = coordinate_ascent(ours, weighed, spec, other, cost, generator, max_sweeps)
         if costs[-1] < history[-1]:
             permutations, converged = found, ended
         history.append(min(costs[-1], history[-1]))
     return Alignment(permutations, history[-1], history, "weights", converged, perf_counter() - started)
+
+
+def _unprejudiced(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], spec: PermutationSpec, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return a start for which every group is matched once, in random order, with those that are still to come averaged out.
+
+    Where one group touches many tensors, as a residual stream does, it would otherwise be matched to the noise of all others at the start.
+    """
+    permutations, waiting = spec.identity(), {name: group for name, group in spec.groups.items() if group.axes}
+    names = list(waiting)
+    for index in torch.randperm(len(names), generator=generator).tolist():
+        group = waiting.pop(names[index])
+        local = {axis.tensor: ours[axis.tensor] for axis in group.axes}
+        for other in waiting.values():
+            local = averaged(local, other)
+        step = _best_step(local, theirs, group)
+        permutations[group.name], ours = step, moved(ours, group, step)
+    return permutations
 
 
 def coordinate_ascent(
@@ -139,10 +160,10 @@ def _joint_move(
 
     Heads can only be told apart once their features are in order, and the other way round.
     """
-    averaged = ours
+    blurred = ours
     for other in nested:
-        averaged = moved(averaged, other, torch.full((other.size, other.size), 1 / other.size, dtype=torch.float64))
-    steps = [(group, _best_step(averaged, theirs, group))]
+        blurred = averaged(blurred, other)
+    steps = [(group, _best_step(blurred, theirs, group))]
     ours = moved(ours, *steps[0])
     for other in nested:
         steps.append((other, _best_step(ours, theirs, other)))

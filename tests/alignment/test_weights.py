@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_rebasin import PermutationSpec, permutation_spec, permute, weight_matching
 from lit_rebasin.alignment import l2_cost
-from lit_rebasin.alignment.agreement import restrict
+from lit_rebasin.alignment.agreement import averaged, restrict
 from lit_rebasin.symmetry import invert
 
 
@@ -244,7 +244,42 @@ def test_runs_where_gradients_are_off(mode):
 def test_no_step_that_does_not_improve_is_taken():
     """Here the third search ends in a plan whose nearest permutation is worse than where it began."""
     (ours, spec), (reference, _) = recurrent(13, 8), recurrent(113, 8)
-    alignment = weight_matching(ours, reference, spec)
+    alignment = weight_matching(ours, reference, spec, init=spec.identity())
     assert alignment.converged
     assert len(alignment.history) == 4
     assert all(b <= a for a, b in pairwise(alignment.history))
+
+
+def test_a_residual_stream_that_touches_many_layers_is_found_from_the_start():
+    """From the identity its few fixed axes drown in the noise of all layers that are not in order yet."""
+    sizes = {"enter": (16, 4), "leave": (3, 16)}
+    axes = {"enter": ("stream", None), "leave": (None, "stream")}
+    for block in range(12):
+        sizes |= {f"up{block}": (20, 16), f"down{block}": (16, 20)}
+        axes |= {f"up{block}": (f"h{block}", "stream"), f"down{block}": ("stream", f"h{block}")}
+    found = {True: 0, False: 0}
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        reference = {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
+        spec = PermutationSpec.from_axes(axes, reference)
+        planted = spec.random(generator=generator)
+        model = permute(reference, spec, planted)
+        for alone in found:
+            init = spec.identity() if alone else None
+            alignment = weight_matching(model, reference, spec, init=init, seed=seed)
+            found[alone] += all(torch.equal(alignment.permutations[n], p) for n, p in invert(planted).items())
+    assert found[False] == 8
+    assert found[True] < 6
+    both = weight_matching(model, reference, spec, seed=seed)
+    assert both.history[0] == weight_matching(model, reference, spec, init=spec.identity(), seed=seed).history[0]
+    assert both.cost == both.history[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_averaged_is_what_an_even_plan_makes():
+    ours, spec = recurrent(3, 6)
+    for group in spec.groups.values():
+        even = torch.full((group.size, group.size), 1 / group.size, dtype=torch.float64)
+        exactly = {name: tensor.double() for name, tensor in ours.items()}
+        expected = permute(exactly, PermutationSpec({group.name: group}), {group.name: even})
+        for name, tensor in averaged(exactly, group).items():
+            torch.testing.assert_close(tensor, expected[name])
