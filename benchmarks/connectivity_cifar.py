@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from cifar_networks import CLASSES, EPOCHS, NETWORKS, SIDE, pictures, trained
@@ -46,11 +46,11 @@ def reestimated(merged, batches):
     merged.eval()
 
 
-def measure(name, model, reference, kind, train, test, peers):
+def measure(name, model, reference, kind, seen, test, peers):
     """Return one row: what the alignment cost, and the barriers with each correction."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        torch.save({"network": kind, "inputs": train[0][:SHOWN], "targets": train[1][:SHOWN]}, folder / "data.pt")
+        torch.save({"network": kind, "inputs": seen[0], "targets": seen[1]}, folder / "data.pt")
         torch.save(model.state_dict(), folder / "model.pt")
         torch.save(reference.state_dict(), folder / "reference.pt")
         found = by_process(name, folder, peers)
@@ -59,19 +59,25 @@ def measure(name, model, reference, kind, train, test, peers):
     with torch.no_grad():
         found["change"] = float((moved(test[0][:BATCH]) - model(test[0][:BATCH])).abs().max())
     path = LinearPath(reference, moved)
-    batches = list(train[0][:SHOWN].split(BATCH))
+    batches = list(seen[0].split(BATCH))
     data = list(zip(test[0].split(BATCH), test[1].split(BATCH), strict=True))
     for label, statistics in {"none": None, **own_statistics(model, path, batches)}.items():
         losses = loss_barrier(path, data, POINTS, statistics=statistics)
-        ends = (losses.accuracies[0] + losses.accuracies[-1]) / 2
         found[label] = {
             "loss": losses.barrier,
             "accuracy": 100 * losses.accuracy_barrier,
             "midpoint": 100 * float(losses.accuracies[POINTS // 2]),
-            "kept": float(losses.accuracies[POINTS // 2] / ends),
         }
     found["ends"] = [100 * float(losses.accuracies[k]) for k in (-1, 0)]
     return found
+
+
+def kept_of(methods, name, label):
+    """Return the accuracies at the midpoint over those of the networks as they were trained, which some peers change."""
+    return [
+        pair[label]["midpoint"] / mean(trained_pair["ends"])
+        for pair, trained_pair in zip(methods[name], methods["identity"], strict=False)
+    ]
 
 
 def networks(kind, seeds, train, folder):
@@ -95,7 +101,8 @@ def table(methods):
     for name, pairs in methods.items():
         cells = []
         for label in labels:
-            kept, middle, loss = (median(pair[label][key] for pair in pairs) for key in ("kept", "midpoint", "loss"))
+            kept = median(kept_of(methods, name, label))
+            middle, loss = (median(pair[label][key] for pair in pairs) for key in ("midpoint", "loss"))
             cells += [f"**{kept:.3f}**" if kept >= 0.9 else f"{kept:.3f}", f"{middle:.1f}", f"{loss:.2f}"]
         cost = [
             f"{median(pair[key] for pair in pairs):.{digits}f}" for key, digits in (("seconds", 1), ("megabytes", 0))
@@ -111,7 +118,7 @@ def write(kept, command, path):
         f"again), pictures "
         f"averaged to {SIDE} x {SIDE}, 5,000 to train on and 1,000 to test; {EPOCHS} epochs of SGD (`benchmarks/cifar_networks.py`). "
         f"Independent pairs, the "
-        "first seed the reference. `kept` is the accuracy of the merge at alpha 1/2 over the mean of its two ends, on the test pictures; "
+        "first seed the reference. `kept` is the accuracy of the merge at alpha 1/2 over the mean of the two networks, on the test pictures; "
         "the loss barrier is "
         f"the largest excess at {POINTS - 2} points between the ends. Methods and statistics that need data get {SHOWN:,} training "
         f"pictures. CPU seconds of "
@@ -139,7 +146,7 @@ def draw(kept, path):
     for one, (kind, methods) in zip(axes[0], kept.items(), strict=True):
         labels = [key for key, value in next(iter(methods.values()))[0].items() if isinstance(value, dict)]
         for k, label in enumerate(labels):
-            values = [median(pair[label]["kept"] for pair in pairs) for pairs in methods.values()]
+            values = [median(kept_of(methods, name, label)) for name in methods]
             places = [place + (k - (len(labels) - 1) / 2) * 0.25 for place in range(len(methods))]
             one.bar(places, values, 0.25, label="averaged statistics" if label == "none" else label)
         one.set_xticks(range(len(methods)), methods, rotation=35, ha="right")
@@ -153,6 +160,9 @@ def draw(kept, path):
 
 def run(options):
     train, test = (pictures(options.cifar, split) for split in ("train", "test"))
+    # The file is in the order of the classes, and statistics of a batch need all of them.
+    shown = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[:SHOWN]
+    seen = tuple(part[shown] for part in train)
     path = options.output / "linear_mode_connectivity_cifar.md"
     record = path.with_suffix(".json")
     kept = json.loads(record.read_text()) if record.exists() else {}
@@ -162,7 +172,7 @@ def run(options):
         for seeds in PAIRS[kind]:
             reference, model = networks(kind, seeds, train, options.networks)
             for name in every:
-                found = measure(name, model, reference, kind, train, test, options.peers)
+                found = measure(name, model, reference, kind, seen, test, options.peers)
                 kept[kind][name].append(found)
                 print(kind, seeds, name, found, flush=True)
             record.write_text(json.dumps(kept, indent=1) + "\n")
