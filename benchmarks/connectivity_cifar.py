@@ -111,6 +111,16 @@ def table(methods):
     return "\n".join(rows)
 
 
+def changed(methods):
+    """Return sentences on methods whose moved network does not compute what it did."""
+    return [
+        f"`{name}` changes what the network computes: moved, it has a test accuracy of {median(pair['ends'][1] for pair in pairs):.1f} % with "
+        "its own statistics, so its barriers are not to be compared."
+        for name, pairs in methods.items()
+        if median(pair["change"] for pair in pairs) > 1e-2
+    ]
+
+
 def write(kept, command, path):
     parts = [
         "# Merges of convolutional networks, with and without statistics of their own",
@@ -134,6 +144,7 @@ def write(kept, command, path):
             f"## {kind}",
             f"Pairs of seeds {PAIRS[kind]}; test accuracies of the ends, in order: {accuracies} %.",
             table(methods),
+            *changed(methods),
         ]
     parts += ["## In a picture", "![accuracy kept](linear_mode_connectivity_cifar.png)"]
     path.write_text("\n\n".join(parts) + "\n")
@@ -141,7 +152,7 @@ def write(kept, command, path):
 
 def draw(kept, path):
     figure, axes = plt.subplots(
-        1, len(kept), figsize=(5 * len(kept), 4.2), sharey=True, layout="constrained", squeeze=False
+        1, len(kept), figsize=(6 * len(kept), 5), sharey=True, layout="constrained", squeeze=False
     )
     for one, (kind, methods) in zip(axes[0], kept.items(), strict=True):
         labels = [key for key, value in next(iter(methods.values()))[0].items() if isinstance(value, dict)]
@@ -152,9 +163,9 @@ def draw(kept, path):
         one.set_xticks(range(len(methods)), methods, rotation=35, ha="right")
         one.axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
         one.set_title(kind)
-        one.legend(loc="upper left", fontsize=8)
-    axes[0][0].set_ylabel("accuracy at the midpoint / that of the ends")
-    axes[0][0].set_ylim(0, 1.15)
+        one.legend(loc="upper left", fontsize=8, ncols=3)
+    axes[0][0].set_ylabel("accuracy of the merge / of the networks")
+    axes[0][0].set_ylim(0, 1.2)
     figure.savefig(path, dpi=110)
 
 
