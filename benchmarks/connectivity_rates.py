@@ -10,11 +10,10 @@ from statistics import mean
 
 import torch
 from connectivity_methods import mlp
-from connectivity_widths import images
+from connectivity_widths import fitted, images
 from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from lit_rebasin import LinearPath, align, loss_barrier, permutation_spec, permute
 
@@ -37,18 +36,11 @@ METHODS = {
 def trained(rate, seed, inputs, targets):
     torch.manual_seed(seed)
     model = mlp(WIDTH)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    for _ in range(EPOCHS):
-        for order in torch.randperm(len(inputs)).split(BATCH):
-            optimizer.zero_grad()
-            cross_entropy(model(inputs[order]), targets[order]).backward()
-            optimizer.step()
-    return model.eval()
+    return fitted(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9), inputs, targets, EPOCHS, BATCH)
 
 
 def dimensions(model, inputs):
-    """Return the mean over hidden layers of `tr(S)^2 / tr(S^2)`, S the second moment of a layer's neurons, plain and in the metric of "
-    "its inputs."""
+    """Return `tr(S)^2 / tr(S^2)`, S the second moment of a layer's neurons, plain and in the metric of its inputs; means over hidden layers."""
     plain, weighted = [], []
     x = inputs
     with torch.no_grad():

@@ -31,9 +31,13 @@ def images(data_dir, train):
 def trained(width, seed, inputs, targets):
     torch.manual_seed(seed)
     model = network(width)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(EPOCHS):
-        for order in torch.randperm(len(inputs)).split(BATCH):
+    return fitted(model, torch.optim.AdamW(model.parameters(), lr=1e-3), inputs, targets, EPOCHS, BATCH)
+
+
+def fitted(model, optimizer, inputs, targets, epochs, batch):
+    """Train a network for some epochs of shuffled batches."""
+    for _ in range(epochs):
+        for order in torch.randperm(len(inputs)).split(batch):
             optimizer.zero_grad()
             cross_entropy(model(inputs[order]), targets[order]).backward()
             optimizer.step()

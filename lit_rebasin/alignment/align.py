@@ -75,8 +75,7 @@ def align(
         loss: Maps outputs and targets of a batch to a scalar, for costs that need it.
         cost: What sinkhorn and straight-through minimise: the distance of the weights, ``"l1"``, ``"l2"`` or ``"cosine"``; or the loss of the
             networks between, ``"midpoint"``, ``"random-point"`` or ``"incremental"`` (at ``alpha``), in evaluation mode but for BatchNorm,
-            which takes the statistics of the batch. Default: ``"midpoint"`` with data, else
-            ``"l2"``.
+            which takes the statistics of the batch. Default: ``"midpoint"`` with data, else ``"l2"``.
         init: Where to start: the name of a method, or permutations by group name. Default: ``"weights"`` for sinkhorn and straight-through,
             else the method's own, which is no worse than the identity.
         alpha: Weight of the reference in the incremental cost.
@@ -87,7 +86,7 @@ def align(
         The alignment, never worse than its start in the method's own cost.
 
     Raises:
-        ValueError: If a name or an option is unknown, data is missing, the networks differ, or one of them holds a NaN.
+        ValueError: If a name or an option is unknown, data is missing, the networks differ, or they or the data hold a NaN or an infinity.
 
     Example:
         >>> alignment = align(model, reference, method="covariance", data=loader)
