@@ -1,6 +1,5 @@
 """Alpha by the Fisher information, against the closed form and a loop over examples."""
 
-
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
