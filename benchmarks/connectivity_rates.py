@@ -120,15 +120,11 @@ def write(kept, path):
         "Made by `python benchmarks/linear_mode_connectivity.py --parts rates --data_dir DIR`.",
         "**Their predictions.** (1) The barrier after matching rises with the effective dimension: concentrated weights need less width "
         "(theorem 5.4); less clear at the rate 0.1. (2) Covariance-weighted matching lies below weight matching as published, at every "
-        "learning "
-        "rate. The column `covariance, as published` is their cost but for this: it takes the covariance instead of the second moment, and "
-        "each "
-        "network's own instead of one for both.",
+        "learning rate. The column `covariance, as published` is their cost but for this: it takes the covariance instead of the second "
+        "moment, and each network's own instead of one for both.",
         "\n".join(rows),
         f"**Measured.** (2) holds at {len(lower)} of {len(sound_rates)} rates ({listed or 'none'}). (1), as Spearman's rank correlation "
-        f"over the "
-        f"rates and "
-        "pairs:",
+        "over the rates and pairs:",
         "\n".join(ranks),
         "![barrier against effective dimension](linear_mode_connectivity_rates.png)",
     ]
