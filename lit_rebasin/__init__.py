@@ -12,16 +12,24 @@ __version__ = "0.1.0"
 _HOMES = {
     "Alignment": "alignment",
     "Axis": "symmetry",
+    "BackwardTransfer": "metrics",
     "BarycenterResult": "transport",
+    "ContinualAccuracy": "metrics",
     "ContinualClassifier": "continual",
     "ContinualDataModule": "continual",
     "ContinualMonitor": "callbacks",
+    "Forgetting": "metrics",
+    "ForwardTransfer": "metrics",
     "Group": "symmetry",
+    "LearningAccuracy": "metrics",
     "LinearPath": "merging",
     "ManyMerge": "merging",
+    "ModeConnectivity": "callbacks",
     "PathLosses": "merging",
     "PermutationSpec": "symmetry",
+    "RebasinIL": "continual",
     "RebasinMerge": "callbacks",
+    "RebasinPlugin": "plugins",
     "Schedule": "transport",
     "SinkhornRebasin": "alignment",
     "SinkhornResult": "transport",
@@ -56,16 +64,24 @@ _HOMES = {
 __all__ = [
     "Alignment",
     "Axis",
+    "BackwardTransfer",
     "BarycenterResult",
+    "ContinualAccuracy",
     "ContinualClassifier",
     "ContinualDataModule",
     "ContinualMonitor",
+    "Forgetting",
+    "ForwardTransfer",
     "Group",
+    "LearningAccuracy",
     "LinearPath",
     "ManyMerge",
+    "ModeConnectivity",
     "PathLosses",
     "PermutationSpec",
+    "RebasinIL",
     "RebasinMerge",
+    "RebasinPlugin",
     "Schedule",
     "SinkhornRebasin",
     "SinkhornResult",
@@ -122,8 +138,8 @@ if TYPE_CHECKING:
         straight_through_alignment,
         weight_matching,
     )
-    from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
-    from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
+    from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RebasinMerge
+    from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
     from lit_rebasin.merging import (
         LinearPath,
         ManyMerge,
@@ -139,6 +155,14 @@ if TYPE_CHECKING:
         repair_many,
         reset_batch_norm,
     )
+    from lit_rebasin.metrics import (
+        BackwardTransfer,
+        ContinualAccuracy,
+        Forgetting,
+        ForwardTransfer,
+        LearningAccuracy,
+    )
+    from lit_rebasin.plugins import RebasinPlugin
     from lit_rebasin.symmetry import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute
     from lit_rebasin.transport import (
         BarycenterResult,

@@ -1,19 +1,17 @@
 """The callback that watches what is remembered: the accuracy of every task, after every task."""
 
-from math import isfinite
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lit_rebasin.callbacks.task_end import epochs_per_task, task_ends
-from lit_rebasin.metrics import accuracy_matrix_figure, after_task, average_accuracy, backward_transfer, forgetting
+from lit_rebasin.callbacks.report import log_accuracies
+from lit_rebasin.continual.task_end import epochs_per_task, task_ends
 
 
 class ContinualMonitor(Callback):
@@ -71,7 +69,7 @@ class ContinualMonitor(Callback):
         if trainer.sanity_checking or self._training or self.task < 0 or self.rows[self.task]:
             return
         self.rows[self.task] = self._accuracies(trainer)
-        self._report(trainer)
+        log_accuracies(trainer.loggers, self.matrix, self.task)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -118,17 +116,3 @@ class ContinualMonitor(Callback):
                 f"{sorted({name.split('/dataloader_idx_')[0] for name in logged})}."
             )
         return [float(logged[name]) for name in names]
-
-    def _report(self, trainer: "pl.Trainer") -> None:
-        seen = after_task(self.matrix, self.task)
-        numbers = {f"accuracy/task_{s:02d}": float(value) for s, value in enumerate(seen[-1])}
-        numbers["accuracy/average"] = average_accuracy(seen)
-        numbers["accuracy/forgetting"] = forgetting(seen)
-        numbers["accuracy/backward_transfer"] = backward_transfer(seen)
-        numbers = {name: value for name, value in numbers.items() if isfinite(value)}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=self.task)
-            if isinstance(logger, TensorBoardLogger):
-                figure = accuracy_matrix_figure(self.matrix)
-                logger.experiment.add_figure("accuracy/matrix", figure, global_step=self.task)
-            logger.save()

@@ -6,7 +6,6 @@ from itertools import cycle
 from time import perf_counter
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from lit_rebasin.alignment import (
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.callbacks.step_features import StepFeatures
 from lit_rebasin.callbacks.step_fisher import step_fisher
-from lit_rebasin.callbacks.step_loss import StepLoss, draw_batches
+from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.merging import LinearPath, PathLosses, fisher_alpha, layer_fisher_alphas, line_search
 from lit_rebasin.symmetry import Features, PermutationSpec, permute
 
@@ -66,9 +65,11 @@ class _Models:
     trained: Weights
     previous: Weights
     shared: set[str]
+    held: Collection[str]
 
     def path_from(self, new: Weights) -> LinearPath:
-        """Return the path from the previous model; parameters that are not shared are the new model's all along."""
+        """Return the path from the previous model; parameters that are not shared are the new model's all along, or the previous one's."""
+        new = {**new, **{name: self.previous[name] for name in self.held}}
         own = {name: new[name] for name, _ in self.step.module.named_parameters() if name not in self.shared}
         return LinearPath({**self.previous, **own}, new)
 
@@ -78,7 +79,7 @@ class _Models:
 
 def merge_task(
     step: StepLoss,
-    trainer: "pl.Trainer",
+    batches: list[Any],
     trained: Weights,
     previous: Weights,
     spec: PermutationSpec,
@@ -86,12 +87,13 @@ def merge_task(
     settings: MergeSettings,
     task: int,
     fisher: Weights | None = None,
+    held: Collection[str] = (),
 ) -> MergeOutcome:
     """Align the trained weights to the previous ones and merge them; nothing is written to.
 
     Args:
         step: The task loss as a function of weights.
-        trainer: Gives the training batches.
+        batches: Training batches, such as the module's training_step takes.
         trained: Parameters and buffers of the model that has just learned ``task``.
         previous: Those of the model before.
         spec: The permutation symmetries.
@@ -99,9 +101,10 @@ def merge_task(
         settings: Arguments of the callback.
         task: Index of the task, for the seeds.
         fisher: The Fisher information of the previous model, the mean over the tasks that it knows, where alpha comes of it.
+        held: Parameters that are taken from ``previous``.
     """
     started = perf_counter()
-    models = _Models(step, step.with_loss(draw_batches(trainer, settings.batches)), trained, previous, shared)
+    models = _Models(step, step.with_loss(batches), trained, previous, shared, held)
     alignment = find(
         _problem(models, spec, settings, settings.seed + task),
         settings.method,

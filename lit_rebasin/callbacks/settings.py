@@ -18,6 +18,7 @@ from lit_rebasin.alignment import (
     find,
     l2_cost,
 )
+from lit_rebasin.callbacks.start import STARTS, Start
 from lit_rebasin.symmetry import Features, PermutationSpec
 from lit_rebasin.transport import Schedule
 from lit_rebasin.transport.arguments import check_count
@@ -43,6 +44,7 @@ class MergeSettings:
     statistics: str = "reestimate"
     batches: int = 10
     seed: int = 0
+    start: Start = "previous"
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, int | float):
@@ -58,6 +60,7 @@ class MergeSettings:
             _check("init", self.init, METHODS)
             check_start(self.method, self.init)
         _check("statistics", self.statistics, STATISTICS)
+        _check("start", self.start, STARTS)
         check_method(self.method, self.options, residual=self.method == "sinkhorn" and self.used_cost == "incremental")
         try:
             _try(self.method, self.used_options)

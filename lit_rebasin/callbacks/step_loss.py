@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -33,17 +34,17 @@ class StepLoss(nn.Module):
     else, dropout among it, is in evaluation mode.
 
     Args:
-        trainer: The trainer that the module is attached to.
-        module: The user's LightningModule.
+        module: The user's LightningModule, or what has its ``training_step``.
+        precision: Of the Trainer that trains it.
 
     Attributes:
         logged: The numbers that the last call of ``training_step`` logged, by name.
     """
 
-    def __init__(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
+    def __init__(self, module: "pl.LightningModule", precision: Precision) -> None:
         super().__init__()
         self.module = module
-        self.precision = trainer.precision_plugin
+        self.precision = precision
         self.takes_index = len(inspect.signature(module.training_step).parameters) > 1
         self.logged: dict[str, float | Metric] = {}
 

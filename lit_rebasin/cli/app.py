@@ -4,6 +4,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -17,11 +18,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
-from lit_rebasin.callbacks import ContinualMonitor, RebasinMerge
+from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RebasinMerge
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.report import write_text
-from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
+from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
 from lit_rebasin.metrics import average_accuracy, forgetting
 
 PACKAGES = (
@@ -43,7 +44,7 @@ class ContinualCLI(LightningCLI):
     """Parse the one YAML file that both commands read; nothing is instantiated until a method and a seed are chosen."""
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
-        self.command = command
+        self.command, self.arguments = command, list(arguments)
         try:
             super().__init__(
                 ContinualClassifier,
@@ -86,13 +87,44 @@ class ContinualCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", action="store_true", help="Let `benchmark` replace results that are in output_dir already."
         )
+        parser.add_argument(
+            "--per_method",
+            type=dict[str, dict[str, Any]],
+            default={},
+            help="What differs for a method of `benchmark`: keys of this file with their dots, and options of Avalanche's strategies.",
+        )
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint from which `fit` goes on.")
         parser.add_argument(
             "--threads", type=int | None, default=None, help="CPU threads; a small network is fastest with 1."
         )
+        parser.add_argument(
+            "--parallel_tasks",
+            type=int,
+            default=1,
+            help="Tasks that `benchmark` trains at a time, in processes of their own, where each begins afresh.",
+        )
         parser.add_class_arguments(RebasinMerge, "merge")
         parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
         parser.link_arguments("data.n_heads", "model.n_heads", apply_on="instantiate")
+
+    def for_method(self, method: str) -> "ContinualCLI":
+        """Return the configuration of a method of `benchmark`: what ``per_method`` says of it is read like words of the command line."""
+        own = self.config.per_method.get(method, {})
+        words = [
+            f"--{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+            for key, value in own.items()
+            if "." in key
+        ]
+        if not words:
+            return self
+        try:
+            return ContinualCLI(self.command, [*self.arguments, *words])
+        except (UsageError, ValueError) as error:
+            raise UsageError(f"per_method of {method!r}: {error}") from None
+
+    def strategy_options(self, method: str) -> dict[str, Any]:
+        """Return what ``per_method`` says of a method that is no key of the configuration."""
+        return {key: value for key, value in self.config.per_method.get(method, {}).items() if "." not in key}
 
     def instantiate_classes(self) -> None:
         """Leave it to `build_run`, which does it once a method and seed."""
@@ -122,7 +154,7 @@ class Run:
     """One method with one seed, ready to be fitted."""
 
     trainer: pl.Trainer
-    model: ContinualClassifier
+    model: pl.LightningModule
     data: ContinualDataModule
     monitor: ContinualMonitor
     record: MethodRecord
@@ -153,8 +185,10 @@ def build_run(
     config.method = method
     if not chosen.replay:
         config.data.replay_per_class = 0
-    if not chosen.align:
-        config.merge.method, config.merge.cost, config.merge.init, config.merge.options = "identity", None, None, None
+    given = config.per_method.get(method, {})
+    for name, value in (chosen.merge or {}).items():
+        if f"merge.{name}" not in given:
+            config.merge[name] = value
     if config.data_dir is not None:
         config.data.data_dir = config.data_dir
     pl.seed_everything(seed, verbose=False)
@@ -163,11 +197,23 @@ def build_run(
     _fill_trainer(config.trainer, made.data)
     options = {**vars(made.trainer), **{name: config.trainer[name] for name in FILLED}, **trainer_options}
     monitor, record = ContinualMonitor(), MethodRecord(method, seed)
-    merges = [made.merge] if chosen.merge else []
+    model, merges = _learner(method, made, cli.strategy_options(method), seed)
     logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
     options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, *callbacks]
     trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
-    return Run(trainer, made.model, made.data, monitor, record, config)
+    return Run(trainer, model, made.data, monitor, record, config)
+
+
+def _learner(
+    method: str, made: Namespace, options: dict[str, Any], seed: int
+) -> tuple[pl.LightningModule, list[pl.Callback]]:
+    """Return what a method trains, and the callback that makes it the method."""
+    if method == "rebasin-il":
+        return RebasinIL(made.model, seed=seed, **options), []
+    if method == "mc-sgd":
+        made.data.mixes_replay = False
+        return made.model, [ModeConnectivity(seed=seed, **options)]
+    return made.model, [made.merge] if METHODS[method].merge is not None else []
 
 
 def write_record(cli: ContinualCLI, run: Run, folder: Path) -> None:
@@ -182,6 +228,7 @@ def write_record(cli: ContinualCLI, run: Run, folder: Path) -> None:
 def log_outcome(run: Run, matrix: Tensor) -> None:
     """Put the run's hyper-parameters beside its outcome on TensorBoard's HPARAMS page, which needs both at once."""
     outcome = {"outcome/average_accuracy": average_accuracy(matrix), "outcome/forgetting": forgetting(matrix)}
+    outcome = {name: value for name, value in outcome.items() if isfinite(value)}
     for logger in run.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(dict(logger.hparams), outcome, step=len(matrix) - 1)

@@ -3,20 +3,26 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from time import perf_counter
 from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 from typing_extensions import override
 
+from lit_rebasin.callbacks import ModeConnectivity
+from lit_rebasin.callbacks.report import log_accuracies
 from lit_rebasin.cli.app import ContinualCLI, Run, build_run, log_outcome, prepare_folder, set_threads, write_record
 from lit_rebasin.cli.completeness import check_trainer, complete
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, check_methods
+from lit_rebasin.cli.parallel_tasks import check_parallel, run_in_parallel
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, make_results
+from lit_rebasin.continual import ContinualClassifier, RebasinIL
 from lit_rebasin.continual.datamodule import LARGEST_SEED
 
 QUIET = {
@@ -42,8 +48,15 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
         What ``results.json`` holds.
     """
     methods, seeds = _methods(cli.config.methods), _seeds(cli.config.seeds)
-    check_methods(methods, cli.config.data.replay_per_class)
-    check_trainer(vars(cli.config.trainer), cli.config.data.epochs_per_task)
+    check_methods(methods, cli.config.data.replay_per_class, "benchmark")
+    if cli.config.per_method:
+        check_methods(list(cli.config.per_method), 1, "benchmark")
+    configured = {method: cli.for_method(method) for method in methods}
+    for method, own in configured.items():
+        check_trainer(vars(own.config.trainer), own.config.data.epochs_per_task)
+        _check_options(method, own)
+        if own.config.parallel_tasks > 1 and METHODS[method].merge is not None:
+            check_parallel(own, method)
     set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir)
     if (folder / "results.json").exists() and not cli.config.overwrite:
@@ -60,9 +73,12 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
                 place = folder / method / f"seed_{seed}"
                 watch = _Watch(progress, bar, f"{method} · seed {seed}")
                 started = perf_counter()
-                run = build_run(cli, method, seed, place, [watch], **QUIET)
-                write_record(cli, run, place)
-                outcomes.setdefault(method, []).append(_fit(run, started))
+                own = configured[method]
+                run = build_run(own, method, seed, place, [watch], **QUIET)
+                write_record(own, run, place)
+                matrix = _matrix(own, run, watch)
+                log_outcome(run, matrix)
+                outcomes.setdefault(method, []).append(Outcome(matrix, perf_counter() - started))
                 missing = [f"{name} seed {number}" for name, number in planned[done:]]
                 results = make_results(cli, run, seeds, outcomes, missing)
                 write_results(folder, results)
@@ -79,12 +95,59 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     return results
 
 
-def _fit(run: Run, started: float) -> Outcome:
+def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch") -> Tensor:
+    """Train a method with a seed, and return its accuracy matrix."""
+    if METHODS[run.record.method].baseline:
+        return _baseline(run, cli.strategy_options(run.record.method), watch)
+    if cli.config.parallel_tasks > 1 and METHODS[run.record.method].merge is not None:
+        return run_in_parallel(
+            cli,
+            run,
+            cli.config.parallel_tasks,
+            cli.config.threads,
+            lambda task, epochs: watch.advance(task, run.n_tasks, epochs, epochs),
+        )
     run.trainer.fit(run.model, datamodule=run.data)
-    seconds = perf_counter() - started
-    matrix = complete(run.monitor.matrix, run.n_tasks)
-    log_outcome(run, matrix)
-    return Outcome(matrix, seconds)
+    return complete(run.monitor.matrix, run.n_tasks)
+
+
+def _check_options(method: str, cli: ContinualCLI) -> None:
+    """Raise a `UsageError` for options that a method does not have."""
+    options = cli.strategy_options(method)
+    own = {"rebasin-il": RebasinIL, "mc-sgd": ModeConnectivity}.get(method)
+    known = [name for name in signature(own).parameters if name not in ("classifier", "seed")] if own else []
+    wrong = None if METHODS[method].baseline else next((name for name in options if name not in known), None)
+    if wrong:
+        raise UsageError(
+            f"per_method of {method!r}: there is no key {wrong!r}; name a key of the configuration in full, as in merge.alpha"
+            + (f", or one of {', '.join(known)}" if known else "")
+        )
+    if options and METHODS[method].baseline:
+        from lit_rebasin.continual.baselines import check_options
+
+        try:
+            check_options(method, options)
+        except ValueError as error:
+            raise UsageError(f"per_method of {method!r}: {error}") from None
+
+
+def _baseline(run: Run, options: dict[str, Any], watch: "_Watch") -> Tensor:
+    from lit_rebasin.continual.baselines import run_baseline  # Avalanche is slow to import
+
+    def report(matrix: Tensor, task: int) -> None:
+        log_accuracies(run.trainer.loggers, matrix, task)
+
+    assert isinstance(run.model, ContinualClassifier)  # as all baselines train
+    return run_baseline(
+        run.record.method,
+        run.model,
+        run.data,
+        options=options,
+        n_tasks=run.n_tasks,
+        device=run.trainer.strategy.root_device,
+        on_epoch=lambda task: watch.advance(task, run.n_tasks, run.data.epochs_per_task),
+        on_task=report,
+    )
 
 
 def _methods(given: list[str] | str | None) -> list[str]:
@@ -125,8 +188,16 @@ class _Watch(pl.Callback):
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.progress.update(self.bar, description=f"{self.title} · task {data.task + 1}/{data.n_tasks}")
+        self._describe(data.task, data.n_tasks)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self.progress.advance(self.bar, 1 / (trainer.max_epochs or 1))
+
+    def advance(self, task: int, n_tasks: int, epochs_per_task: int, epochs: int = 1) -> None:
+        """Note epochs that Lightning knows nothing of."""
+        self._describe(task, n_tasks)
+        self.progress.advance(self.bar, epochs / (n_tasks * epochs_per_task))
+
+    def _describe(self, task: int, n_tasks: int) -> None:
+        self.progress.update(self.bar, description=f"{self.title} · task {task + 1}/{n_tasks}")

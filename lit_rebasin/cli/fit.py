@@ -27,7 +27,7 @@ def run_fit(arguments: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     cli = ContinualCLI("fit", arguments)
     method, seed, path = cli.config.method, int(cli.config.seed_everything), cli.config.ckpt_path
-    check_methods([method], cli.config.data.replay_per_class)
+    check_methods([method], cli.config.data.replay_per_class, "fit")
     set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir) / "fit" / method / f"seed_{seed}"
     saves = cli.config.trainer.enable_checkpointing is not False

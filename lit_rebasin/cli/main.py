@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lit_rebasin.cli.align import run_align as run
             elif words[0] == "merge":
                 from lit_rebasin.cli.merge import run_merge as run
+            elif words[0] == "sweep":
+                from lit_rebasin.cli.sweep import run_sweep as run
             elif words[0] == "fit":
                 from lit_rebasin.cli.fit import run_fit as run
             else:

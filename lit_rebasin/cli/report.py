@@ -1,6 +1,7 @@
 """What a run leaves behind: tables, results and pictures."""
 
 import json
+from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -59,7 +60,13 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def write_pictures(folder: Path, results: dict[str, Any]) -> None:
     """Write the two pictures, each complete or not at all."""
-    matrices = {name: [torch.tensor(m) for m in found["accuracy_matrix"]] for name, found in results["methods"].items()}
+    matrices = {
+        name: [
+            torch.tensor([[nan if a is None else a for a in row] for row in matrix])
+            for matrix in found["accuracy_matrix"]
+        ]
+        for name, found in results["methods"].items()
+    }
     means = {name: torch.stack(found).mean(0) for name, found in matrices.items()}
     write_figure(folder / "accuracy_matrix.png", accuracy_matrices_figure(means))
     write_figure(folder / "accuracy_over_tasks.png", accuracy_over_tasks_figure(matrices))
@@ -122,6 +129,10 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _cell(values: list[float], scale: float) -> str:
-    spread = f" ± {scale * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{scale * mean(values):.1f}{spread}"
+def _cell(values: list[float | None], scale: float) -> str:
+    """Return mean and standard deviation; a dash for what was not measured, such as the forgetting of joint training."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "-"
+    spread = f" ± {scale * stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{scale * mean(numbers):.1f}{spread}"

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import torch
@@ -61,10 +62,21 @@ def make_results(
 
 def _numbers(found: Sequence[Outcome]) -> dict[str, Any]:
     matrices = [outcome.matrix for outcome in found]
-    return {
-        "accuracy": [average_accuracy(matrix) for matrix in matrices],
-        "forgetting": [forgetting(matrix) for matrix in matrices],
-        "backward_transfer": [backward_transfer(matrix) for matrix in matrices],
-        "seconds": [outcome.seconds for outcome in found],
-        "accuracy_matrix": [matrix.tolist() for matrix in matrices],
-    }
+    return _without_nan(
+        {
+            "accuracy": [average_accuracy(matrix) for matrix in matrices],
+            "forgetting": [forgetting(matrix) for matrix in matrices],
+            "backward_transfer": [backward_transfer(matrix) for matrix in matrices],
+            "seconds": [outcome.seconds for outcome in found],
+            "accuracy_matrix": [matrix.tolist() for matrix in matrices],
+        }
+    )
+
+
+def _without_nan(value: Any) -> Any:
+    """Return nested lists and dicts with null for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and isnan(value) else value

@@ -6,20 +6,23 @@ HELP = f"""lit-rebasin {__version__}: continual learning by re-basin
 
 usage: lit-rebasin fit --config FILE.yaml [--method NAME] [--KEY VALUE ...]
        lit-rebasin benchmark --config FILE.yaml [--methods A,B] [--seeds 0,1,2] [--data_dir DIR] [--output_dir DIR] [--KEY VALUE ...]
+       lit-rebasin sweep --config FILE.yaml --vary KEY=V1,V2 [--vary ...] --output_dir DIR [--method NAME] [--KEY VALUE ...]
        lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]
        lit-rebasin align A B --model MODEL (--input SHAPE | --data FILE.npz) [--method NAME] [--output FILE]
        lit-rebasin merge A B [C ...] --output FILE --model MODEL (--input SHAPE | --data FILE.npz) [--method NAME]
 
 fit        trains one method over the stream, with TensorBoard logs and checkpoints
 benchmark  runs several methods over several seeds; prints a table, writes results.json, results.md and pictures
+sweep      runs one method under many settings, on held-back training data, and lists them by accuracy; goes on where it was stopped
 inspect    prints which neurons, channels and heads of a network may be permuted together, what is fixed and why
 align      permutes the neurons of checkpoint A towards those of checkpoint B; prints the barrier between them before and after
 merge      aligns checkpoints and merges them into one; prints what each of them and the merge loses on data
 
-methods of fit and benchmark: finetune, replay, average (replay and merging without alignment), rebasin (replay, alignment and merging)
+methods of fit: finetune, replay, average (replay and merging without alignment), rebasin (replay, alignment and merging);
+of benchmark also Avalanche's ewc, lwf, agem, der, er-ace, cumulative and joint (and its own finetune and replay), and mc-sgd, clewi, rebasin-il
 
 Any key of the YAML file can be overridden, as in --data.n_tasks 10 or --merge.alpha 0.7.
-lit-rebasin fit --help and lit-rebasin benchmark --help explain the keys of most use, --help_all lists every one;
+lit-rebasin fit --help, benchmark --help and sweep --help explain the keys of most use, --help_all lists every one;
 lit-rebasin inspect --help, lit-rebasin align --help and lit-rebasin merge --help explain theirs.
 """
 
@@ -49,6 +52,7 @@ KEYS = """
  --merge.alpha A             weight of the previous model in [0, 1], or line-search (0.8)
  --merge.method NAME         weights, sinkhorn or identity (weights)
  --merge.cost NAME           what sinkhorn minimises: incremental, midpoint, random-point or l2 (incremental)
+ --merge.start NAME          where a task begins: previous, fresh (newly initialised) or perturbed, half of either (previous)
 
  --trainer.KEY VALUE         any argument of Lightning's Trainer
 """
@@ -95,9 +99,24 @@ Train one method over the stream, with TensorBoard logs and checkpoints. Default
 
 Run several methods over several seeds; print a table, write results.json, results.md and pictures. Defaults are in parentheses.
 
- --methods A,B               any of finetune, replay, average, rebasin (finetune,replay,rebasin)
+ --methods A,B               any of finetune, ewc, lwf, agem, replay, der, er-ace, mc-sgd, clewi, rebasin-il, average, rebasin, cumulative,
+                             joint (finetune,replay,rebasin); the first seven and the last two are run by Avalanche's own strategies
+ --per_method ...            what differs for a method, best in the file: ewc: {{ewc_lambda: 10}}, rebasin: {{merge.alpha: 0.7}}
  --seeds A,B                 one run a method and seed (0,1,2)
  --overwrite                 replace results that are in output_dir already
+{KEYS}""",
+    "sweep": f"""usage: lit-rebasin sweep --config FILE.yaml --vary KEY=V1,V2 [--vary ...] --output_dir DIR [--method NAME] [--KEY VALUE ...]
+
+Run one method under every combination of settings, measured on training data that is held back, never on test data; list them by accuracy.
+Trials that are finished in DIR are not run again. Defaults are in parentheses.
+
+ --vary KEY=V1,V2            a key and its values, as in merge.alpha=0.5,0.7,0.9; once more for another key
+ --trials N                  draw N of the combinations (all of them)
+ --draw_seed N               of that draw (0)
+ --method NAME               any method of benchmark (rebasin)
+ --seeds A,B                 one run a combination and seed (100); not those of the final benchmark
+ --validation_fraction F     share of each task's training data that is held back (0.1)
+ --processes N               runs at a time (1)
 {KEYS}""",
     "inspect": """usage: lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]
 

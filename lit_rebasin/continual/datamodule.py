@@ -1,5 +1,6 @@
 """A stream of tasks as a LightningDataModule."""
 
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class ContinualDataModule(LightningDataModule):
 
     Attributes:
         task: Index of the current task.
+        first_task: The task that a fit begins with.
+        mixes_replay: Whether training batches hold what is kept; a method that uses it in its own way sets this to False.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the benchmark.
@@ -87,6 +90,8 @@ class ContinualDataModule(LightningDataModule):
         self.validation_fraction = validation_fraction
         self.seed = seed
         self.task = 0
+        self.first_task = 0
+        self.mixes_replay = True
         self._trained_task: int | None = None  # the task of the last training loader
         self._current: tuple[int, Examples, Examples | None] | None = None
         self._replay: dict[int, Examples] = {}
@@ -151,10 +156,13 @@ class ContinualDataModule(LightningDataModule):
         if self._trained_task is not None and self._trained_task != self.task and self.trainer is not None:
             self.trainer.strategy.setup_optimizers(self.trainer)
         self._trained_task = self.task
-        new, replayed = self._training_data(self.task)
-        sampler = MixedBatches(
-            len(new[1]), 0 if replayed is None else len(replayed[1]), self.batch_size, self.seed, self._epoch
-        )
+        return self.training_loader(self.task, self._epoch)
+
+    def training_loader(self, task: int, epoch: Callable[[], int]) -> DataLoader:
+        """Return the loader of a task, replay mixed in, whose order is that of the epoch of the stream that is asked for at each pass."""
+        new, replayed = self._training_data(task)
+        n_replay = 0 if replayed is None else len(replayed[1])
+        sampler = MixedBatches(len(new[1]), n_replay, self.batch_size, self.seed, epoch)
         return DataLoader(MixedExamples(new, replayed), sampler=sampler, batch_size=None)
 
     @override
@@ -166,6 +174,21 @@ class ContinualDataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """Return one loader a task of the whole stream: its test data."""
         return self._evaluation_loaders(held_back=False)
+
+    def new_examples(self, task: int) -> Examples:
+        """Return images, labels and task indices of all that a task brings to train on, nothing replayed."""
+        return self._examples(task, self.stream.train(task), self._split(task)[0], "training")
+
+    def kept_examples(self, task: int) -> Examples | None:
+        """Return what is kept of the tasks before one; ``None`` if that is nothing."""
+        if not task or not self.replay_per_class:
+            return None
+        for earlier in range(task):
+            if earlier not in self._replay:
+                self._keep_for_replay(earlier)
+        parts = zip(*(self._replay[earlier] for earlier in range(task)), strict=True)
+        x, y, tasks = (torch.cat(part) for part in parts)
+        return x, y, tasks
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -206,6 +229,7 @@ class ContinualDataModule(LightningDataModule):
         # Where a fit resumes, Lightning reads loaders before `current_epoch` catches up with the epochs that are done.
         trainer: Any = self.trainer
         done = 0 if trainer is None else trainer.fit_loop.epoch_progress.current.processed
+        done += self.first_task * self.epochs_per_task
         return min(done, self.n_tasks * self.epochs_per_task - 1)
 
     def _check_resumed(self) -> None:
@@ -232,18 +256,13 @@ class ContinualDataModule(LightningDataModule):
     def _training_data(self, task: int) -> tuple[Examples, Examples | None]:
         if self._current is None or self._current[0] != task:
             self._current = None  # free the last task before the next one is made
-            for earlier in range(task if self.replay_per_class else 0):
-                if earlier not in self._replay:
-                    self._keep_for_replay(earlier)
-            new = self._examples(task, self.stream.train(task), self._split(task)[0], "training")
-            kept = [self._replay[earlier] for earlier in range(task if self.replay_per_class else 0)]
-            replayed = tuple(torch.cat(parts) for parts in zip(*kept, strict=True)) if kept else None
-            self._current = (task, new, replayed)  # type: ignore[assignment]
-        return self._current[1], self._current[2]  # type: ignore[index]
+            replayed = self.kept_examples(task) if self.mixes_replay else None
+            self._current = (task, self.new_examples(task), replayed)
+        return self._current[1], self._current[2]
 
     def _keep_for_replay(self, task: int) -> None:
         """Choose a task's replay examples: a function of seed and task alone, so a resumed run finds the same ones."""
-        x, y, tasks = self._examples(task, self.stream.train(task), self._split(task)[0], "training")
+        x, y, tasks = self.new_examples(task)
         kept = choose_replay(y, self.replay_per_class, self.seed * 100_003 + task)
         self._replay[task] = (x[kept].clone(), y[kept], tasks[kept])
 

@@ -1,10 +1,29 @@
 """What is measured of a continual learner, and how it is drawn."""
 
-from lit_rebasin.metrics.continual import after_task, average_accuracy, backward_transfer, forgetting
+from lit_rebasin.metrics.continual import (
+    after_task,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learning_accuracy,
+)
+from lit_rebasin.metrics.continual_metrics import (
+    BackwardTransfer,
+    ContinualAccuracy,
+    Forgetting,
+    ForwardTransfer,
+    LearningAccuracy,
+)
 from lit_rebasin.metrics.figures import accuracy_matrices_figure, accuracy_matrix_figure, accuracy_over_tasks_figure
 from lit_rebasin.metrics.path_figure import path_figure
 
 __all__ = [
+    "BackwardTransfer",
+    "ContinualAccuracy",
+    "Forgetting",
+    "ForwardTransfer",
+    "LearningAccuracy",
     "accuracy_matrices_figure",
     "accuracy_matrix_figure",
     "accuracy_over_tasks_figure",
@@ -12,5 +31,7 @@ __all__ = [
     "average_accuracy",
     "backward_transfer",
     "forgetting",
+    "forward_transfer",
+    "learning_accuracy",
     "path_figure",
 ]

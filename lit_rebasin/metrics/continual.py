@@ -25,6 +25,34 @@ def backward_transfer(matrix: Tensor) -> float:
     return -forgetting(matrix)
 
 
+def forward_transfer(matrix: Tensor, untrained: Tensor) -> float:
+    """Return ``mean_{s>0} (A[s-1, s] - untrained[s])``: what is known of a task before it comes (Lopez-Paz and Ranzato, NeurIPS 2017).
+
+    Args:
+        matrix: ``(T, T)``.
+        untrained: ``(T,)``, the accuracy on each task before any training.
+
+    Returns:
+        0 for a single task.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    matrix = _square(matrix)
+    if untrained.shape != (len(matrix),):
+        raise ValueError(
+            f"untrained must have one accuracy a task, ({len(matrix)},), got shape {tuple(untrained.shape)}."
+        )
+    if len(matrix) == 1:
+        return 0.0
+    return float((matrix.diagonal(1) - untrained.double()[1:]).mean())
+
+
+def learning_accuracy(matrix: Tensor) -> float:
+    """Return ``mean_t A[t, t]``, the accuracy on each task right after it was learned (Riemer et al., ICLR 2019)."""
+    return float(_square(matrix).diagonal().mean())
+
+
 def after_task(matrix: Tensor, task: int) -> Tensor:
     """Return the matrix ``(task + 1, task + 1)`` of the stream as it stood after ``task``."""
     return matrix[: task + 1, : task + 1]

@@ -27,7 +27,7 @@ def accuracy_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
     figure = Figure(figsize=(3.6 * n + 0.8, 4.3), layout="constrained")
     panels = figure.subplots(1, n, squeeze=False)[0]
     for axes, (method, matrix) in zip(panels, matrices.items(), strict=True):
-        image = _heat_map(axes, matrix)
+        image = heat_map(axes, matrix)
         axes.set_title(method)
     panels[0].set_ylabel("task trained")
     figure.colorbar(image, ax=list(panels), label="accuracy", format=PercentFormatter(1), shrink=0.85)
@@ -59,7 +59,8 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
     return figure
 
 
-def _heat_map(axes: Axes, matrix: Tensor) -> AxesImage:
+def heat_map(axes: Axes, matrix: Tensor) -> AxesImage:
+    """Draw an accuracy matrix into given axes."""
     n = len(matrix)
     image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     axes.set_xlabel("task evaluated")

@@ -72,7 +72,7 @@ def scene(tmp_path):
 
         def __init__(self):
             self.trainer.fit(self.module, DataLoader(self.data, batch_size=20))
-            self.step = StepLoss(self.trainer, self.module)
+            self.step = StepLoss(self.module, self.trainer.precision_plugin)
             self.batches = draw_batches(self.trainer, 3)
             self.trained = {name: tensor.clone() for name, tensor in weights_of(self.module).items()}
             self.trained["count"] = torch.tensor(9)
@@ -90,7 +90,7 @@ def scene(tmp_path):
             with self.step.quiet():
                 return merge_task(
                     self.step,
-                    self.trainer,
+                    draw_batches(self.trainer, settings["batches"]),
                     self.trained,
                     self.previous,
                     self.spec,

@@ -62,7 +62,7 @@ def attach(tmp_path, module=None, loader=None, **options):
     trainer.fit(module, loader or DataLoader(DATA, batch_size=20))
     DTYPES.clear()
     module.notes = []
-    return StepLoss(trainer, module), trainer
+    return StepLoss(module, trainer.precision_plugin), trainer
 
 
 def batches_of(step):

@@ -39,7 +39,7 @@ def attached(tmp_path, module):
     trainer = make_trainer(tmp_path)
     trainer.strategy.connect(module)
     module.trainer = trainer
-    return StepLoss(trainer, module)
+    return StepLoss(module, trainer.precision_plugin)
 
 
 def losses(module, spec, batch, seed=0):

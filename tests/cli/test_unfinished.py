@@ -94,7 +94,7 @@ def test_a_stream_that_ends_early_is_no_result(tmp_path, capsys):
         "--config",
         str(tmp_path / "stop.yaml"),
         "--methods",
-        "replay",
+        "average",
         "--seeds",
         "0",
         "--output_dir",

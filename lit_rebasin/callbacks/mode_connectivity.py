@@ -1,0 +1,125 @@
+"""The callback of MC-SGD: a network that lies on straight low-loss lines to the one before a task and the one after it."""
+
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lit_rebasin.alignment.costs import interpolate
+from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.continual.task_end import task_ends
+from lit_rebasin.merging.path import weights_of, write_weights
+from lit_rebasin.transport.arguments import check_count, check_positive
+
+
+class ModeConnectivity(Callback):
+    r"""Replace the network by one between its previous self and what a task made of it (Mirzadeh et al., ICLR 2021, eq. 5).
+
+    After every task but the first, SGD minimises ``sum_a [L_old(prev + a (w - prev)) + L_new(trained + a (w - trained))]`` over ``w``, ``a``
+    on equidistant points of [0, 1], the loss of old tasks on the kept examples, that of the new task on its own. Defaults are those of the
+    authors' experiments on Rotated MNIST (their public code): start a tenth of the way from the previous network, 10 points, one pass.
+
+    Needs a datamodule with ``kept_examples``, such as :class:`~lit_rebasin.ContinualDataModule`.
+
+    Args:
+        start: Where ``w`` starts between the previous network (0) and the trained one (1).
+        points: Intervals between the points on each line.
+        learning_rate: Of ``w``.
+        momentum: Of ``w``.
+        epochs: Passes over the kept examples.
+        batch_size: Examples of each of the two losses in a step.
+        seed: Of the batches.
+    """
+
+    def __init__(
+        self,
+        start: float = 0.1,
+        points: int = 10,
+        learning_rate: float = 0.05,
+        momentum: float = 0.8,
+        epochs: int = 1,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_count("points", points)
+        check_count("epochs", epochs)
+        check_count("batch_size", batch_size)
+        check_positive(learning_rate=learning_rate)
+        if not 0 <= start <= 1:
+            raise ValueError(f"start must lie in [0, 1], got {start}.")
+        self.start, self.points, self.epochs, self.batch_size, self.seed = start, points, epochs, batch_size, seed
+        self.learning_rate, self.momentum = learning_rate, momentum
+        self.previous: dict[str, Tensor] | None = None
+        self.n_tasks = 0
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Refuse a datamodule that keeps nothing."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage == "fit" and (not hasattr(data, "kept_examples") or data.replay_per_class == 0):
+            raise MisconfigurationException(
+                "ModeConnectivity needs a datamodule that keeps examples, such as ContinualDataModule(replay_per_class=1)."
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Find the network after the last batch of a task."""
+        if not task_ends(trainer):
+            return
+        if self.previous is not None:
+            self._connect(trainer, pl_module, self.previous)
+        self.previous = {name: tensor.detach().clone() for name, tensor in weights_of(pl_module).items()}
+        self.n_tasks += 1
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the previous weights and the number of tasks."""
+        return {"previous": self.previous or {}, "n_tasks": self.n_tasks}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        self.previous = dict(state_dict["previous"]) or None
+        self.n_tasks = state_dict["n_tasks"]
+
+    def _connect(self, trainer: "pl.Trainer", module: "pl.LightningModule", previous: Mapping[str, Tensor]) -> None:
+        trained = {name: tensor.detach().clone() for name, tensor in weights_of(module).items()}
+        previous = {name: tensor.to(module.device) for name, tensor in previous.items()}
+        learned = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        between = interpolate(trained, previous, self.start)
+        found = {name: between[name].clone().requires_grad_() for name in learned}
+        optimizer = torch.optim.SGD(found.values(), lr=self.learning_rate, momentum=self.momentum)
+        step = StepLoss(module, trainer.precision_plugin)
+        with step.quiet():
+            for old, new in self._batches(trainer, module):
+                optimizer.zero_grad()
+                for point in torch.linspace(0, 1, self.points + 1).tolist():
+                    for begin, batch in ((previous, old), (trained, new)):
+                        fixed = {name: begin[name] for name in learned}
+                        on_line = interpolate(fixed, found, 1 - point)
+                        step.at({**trained, **on_line}, batch).backward()
+                optimizer.step()
+            write_weights(module, {**trained, **{name: tensor.detach() for name, tensor in found.items()}})
+
+    def _batches(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> Iterator[tuple[Any, Any]]:
+        """Yield batches of kept examples, each with one of the new task."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        generator = torch.Generator().manual_seed(self.seed + self.n_tasks)
+        old, new = data.kept_examples(data.task), data.new_examples(data.task)
+        fresh = cycle(torch.randperm(len(new[1]), generator=generator).split(self.batch_size))
+        for _ in range(self.epochs):
+            for chosen in torch.randperm(len(old[1]), generator=generator).split(self.batch_size):
+                yield _at(old, chosen, module.device), _at(new, next(fresh), module.device)
+
+
+def _at(examples: tuple[Tensor, ...], chosen: Tensor, device: torch.device) -> list[Tensor]:
+    return [part[chosen].to(device) for part in examples]

@@ -1,0 +1,269 @@
+"""The network of the tasks so far, and how the next one is merged into it; knows no Trainer."""
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lit_rebasin.alignment import check_same_architecture
+from lit_rebasin.callbacks.correction import correct
+from lit_rebasin.callbacks.merge import MergeOutcome, merge_task
+from lit_rebasin.callbacks.settings import MergeSettings
+from lit_rebasin.callbacks.start import begin, check_resettable
+from lit_rebasin.callbacks.step_features import check_readable
+from lit_rebasin.callbacks.step_fisher import check_measurable, step_fisher
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
+from lit_rebasin.callbacks.step_spec import step_spec
+from lit_rebasin.merging import NoFiniteLossError, has_batch_norm
+from lit_rebasin.merging.path import weights_of, write_weights
+from lit_rebasin.symmetry import PermutationSpec, join
+
+Draw = Callable[[], list[Any]]
+Broadcast = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class TaskMerger:
+    """Remembers the network of the tasks so far, and merges what was trained next into it.
+
+    Args:
+        settings: The arguments of whoever merges.
+
+    Attributes:
+        previous: Parameters and buffers of the network after the last task, on the CPU; ``None`` before the first.
+        n_tasks: How many tasks are finished.
+        history: One entry a merge: its task and numbers, or why it was refused.
+        spec: The permutation symmetries of the network; ``None`` before its first batch.
+    """
+
+    def __init__(self, settings: MergeSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.previous: dict[str, Tensor] | None = None
+        self.n_tasks = 0
+        self.history: list[dict[str, Any]] = []
+        self.spec: PermutationSpec | None = None
+        self._trained: set[str] = set()  # parameters that some finished task has changed
+        self._initial: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}  # the mean over the tasks so far, in the frame of the previous model
+        self._fisher_tasks = 0
+        self._begun = -1  # the task that began last
+        self._traced = False  # whether the spec takes account of the present task
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the previous weights, the counters and the history, as tensors and plain types."""
+        return {
+            "previous": self.previous or {},
+            "n_tasks": self.n_tasks,
+            "history": self.history,
+            "trained": sorted(self._trained),
+            "begun": self._begun,
+            "spec": self.spec.to_json() if self.spec is not None else None,
+            "fisher": self._fisher,
+            "fisher_tasks": self._fisher_tasks,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        self.previous = dict(state_dict["previous"]) or None
+        self.n_tasks = state_dict["n_tasks"]
+        self.history = list(state_dict["history"])
+        self._trained = set(state_dict["trained"])
+        # States of older versions lack what they did not know.
+        self._begun = state_dict.get("begun", self.n_tasks)
+        self._fisher, self._fisher_tasks = dict(state_dict.get("fisher", {})), state_dict.get("fisher_tasks", 0)
+        self.spec = PermutationSpec.from_json(state_dict["spec"]) if state_dict["spec"] is not None else None
+
+    def _check(self, module: nn.Module) -> None:
+        """Refuse what a merge cannot work with, before a network is trained.
+
+        Raises:
+            ValueError: If the network and the one that is remembered are of different architectures.
+            MisconfigurationException: If the network or the state lacks what the settings need.
+        """
+        if self.settings.statistics == "data-free" and not has_batch_norm(module):
+            raise MisconfigurationException(
+                f'{type(self).__name__}(statistics="data-free") is for BatchNorm, of which {_name(module)} has none.'
+            )
+        if self.settings.start != "previous":
+            check_resettable(module)
+        if self.previous is None:
+            return
+        check_same_architecture(weights_of(module), self.previous)
+        if self.settings.measures_fisher and not self._fisher:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(alpha={self.settings.alpha!r}) needs the Fisher information of the tasks so far, which this state "
+                "lacks, for it was saved with another alpha: give alpha a number, or line-search."
+            )
+
+    def _begin_task(self, module: nn.Module) -> None:
+        """Write the weights that a task begins with, unless it has begun before, and note what is not trained yet."""
+        self._traced = False
+        if self.previous is None:
+            self.spec = None
+            self._initial = {name: tensor.cpu().clone() for name, tensor in weights_of(module).items()}
+        elif self._begun < self.n_tasks:
+            begin(module, self.settings.start, self.settings.seed + self.n_tasks)
+        self._begun = self.n_tasks
+
+    def _look_at(self, step: StepLoss, batch: Any) -> None:
+        """Find the permutation groups on the first batch of a task, so that a network without any fails at once."""
+        if self._traced:
+            return
+        if self.settings.measures_fisher:
+            check_measurable(step, batch)
+        if self.settings.method == "identity":
+            self._traced = True
+            return
+        try:
+            found = step_spec(step, batch)
+        except NoLossError:  # the training skips this batch too
+            return
+        # A task may run other parts than those before it, such as a head of its own; what moves must move in all of them.
+        self.spec = join([self.spec, found]) if self.spec is not None else found
+        self._traced = True
+        if self.spec.groups and self.settings.reads_features:
+            check_readable(step, self.spec, batch)
+        if not self.spec.groups:
+            reasons = sorted(set(self.spec.fixed.values()))
+            raise MisconfigurationException(
+                f"{_name(step.module)} has no permutable group, so there is nothing to align. Why its axes are fixed: "
+                f"{'; '.join(reasons) or 'its training_step calls no module with weights'}. "
+                f'{type(self).__name__}(method="identity") merges without aligning.'
+            )
+
+    def _finish_task(self, step: StepLoss, draw: Draw, broadcast: Broadcast = dict) -> MergeOutcome | None:
+        """Merge what was trained into the previous network, in place, and remember the result.
+
+        Args:
+            step: The training step of the trained network.
+            draw: Returns the training batches that the merge uses.
+            broadcast: Returns the weights of the first process, in all of them.
+
+        Returns:
+            How the merge came about; ``None`` after the first task, and where it is refused.
+        """
+        module, task = step.module, self.n_tasks
+        outcome = None
+        trained = {name: tensor.clone() for name, tensor in weights_of(module).items()}
+        if not self._traced and self.settings.method != "identity":
+            raise ValueError(
+                f"{_name(module)}.training_step returned None on every batch of task {task}, but the merge needs its loss: "
+                "return a tensor, or a dict with the key 'loss'."
+            )
+        broken = self._not_finite(module)
+        if broken and self.previous is None:
+            raise ValueError(
+                f"Training left NaN or infinity in {broken!r}, and there is no previous model to go back to."
+            )
+        if broken:
+            self._refuse(module, f"training left NaN or infinity in {broken!r}")
+        elif self.previous is None:
+            self._measure_fisher(step, draw, trained)
+        else:
+            try:
+                outcome = self._merge(step, draw, broadcast, task, trained, self.previous)
+            except NoFiniteLossError as error:
+                self._refuse(module, str(error).rstrip("."))
+            except BaseException:
+                write_weights(module, trained)
+                raise
+        self._traced = False
+        self.n_tasks = task + 1
+        self._remember(module)
+        return outcome
+
+    def _not_finite(self, module: nn.Module) -> str | None:
+        """Return a tensor that training has broken; one that was not finite before, such as a mask, is none."""
+        before = self.previous if self.previous is not None else self._initial
+        for name, tensor in weights_of(module).items():
+            if not tensor.isfinite().all() and (name not in before or before[name].isfinite().all()):
+                return name
+        return None
+
+    def _refuse(self, module: nn.Module, reason: str) -> None:
+        """Go back to the previous model, and say so."""
+        write_weights(module, self.previous or {})
+        rank_zero_warn(f"The merge after task {self.n_tasks} is refused: {reason}. The previous model is kept.")
+        self.history.append({"task": self.n_tasks, "refused": reason})
+
+    def _merge(
+        self,
+        step: StepLoss,
+        draw: Draw,
+        broadcast: Broadcast,
+        task: int,
+        trained: Mapping[str, Tensor],
+        previous: Mapping[str, Tensor],
+    ) -> MergeOutcome:
+        module = step.module
+        previous = {name: tensor.to(trained[name].device) for name, tensor in previous.items()}
+        spec = self.spec if self.spec is not None else PermutationSpec()  # plain averaging needs none
+        with step.quiet():
+            torch.manual_seed(self.settings.seed + task)
+            held = self._untouched(module, trained, previous)
+            shared = self._shared(module, trained, previous) - held
+            outcome = merge_task(step, draw(), trained, previous, spec, shared, self.settings, task, self._fisher, held)
+            _check_finite(outcome.numbers["loss_after"])
+            write_weights(module, outcome.weights)
+            correct(module, step, outcome, self.settings.statistics)
+            _check_finite(outcome.numbers["loss_after"])
+            write_weights(module, broadcast(weights_of(module)))
+        self._add_fisher(outcome.fisher)
+        self.history.append({"task": task, **outcome.numbers})
+        numbers = outcome.numbers
+        rank_zero_info(
+            f"Task {task}: merged with alpha {numbers['alpha']:.2f}, {numbers['moved']} neurons moved, "
+            f"loss on training batches {numbers['loss_before']:.4f} -> {numbers['loss_after']:.4f}."
+        )
+        return outcome
+
+    def _measure_fisher(self, step: StepLoss, draw: Draw, trained: Mapping[str, Tensor]) -> None:
+        """Take in the Fisher information of the first task."""
+        if not self.settings.measures_fisher:
+            return
+        with step.quiet():
+            torch.manual_seed(self.settings.seed)
+            self._add_fisher(step_fisher(step, trained, step.with_loss(draw())))
+
+    def _add_fisher(self, fisher: Mapping[str, Tensor]) -> None:
+        if fisher:
+            self._fisher_tasks += 1
+        for name, diagonal in fisher.items():
+            mean = self._fisher.get(name, torch.zeros_like(diagonal, device="cpu"))
+            self._fisher[name] = mean + (diagonal.cpu() - mean) / self._fisher_tasks
+
+    def _shared(self, module: nn.Module, trained: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> set[str]:
+        """Return the parameters that both models have trained."""
+        trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        fresh = {name for name in trainable - self._trained if not torch.equal(trained[name], previous[name])}
+        return trainable - fresh
+
+    def _untouched(self, module: nn.Module, trained: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> set[str]:
+        """Return the parameters that a task began anew and did not train, such as heads of other tasks: the previous ones are still good."""
+        if self.settings.start == "previous":
+            return set()
+        write_weights(module, previous)
+        started = begin(module, self.settings.start, self.settings.seed + self.n_tasks)
+        write_weights(module, trained)
+        return {name for name, _ in module.named_parameters() if torch.equal(started[name], trained[name])}
+
+    def _remember(self, module: nn.Module) -> None:
+        """Keep the model as the reference of the next task."""
+        now = {name: tensor.cpu().clone() for name, tensor in weights_of(module).items()}
+        before = self.previous if self.previous is not None else self._initial
+        parameters = {name for name, _ in module.named_parameters()}
+        self._trained |= {name for name in parameters if name not in before or not torch.equal(now[name], before[name])}
+        self.previous = now
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _check_finite(loss: float) -> None:
+    if not isfinite(loss):
+        raise NoFiniteLossError("the loss of the merged model on training batches is NaN or infinite")

@@ -1,0 +1,192 @@
+"""One method under many settings, measured on training data that is held back."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from argparse import ArgumentError, ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.files import write_whole
+from lit_rebasin.cli.methods import check_methods
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One choice of settings, and the folder of its run."""
+
+    settings: Mapping[str, str]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Return the settings as words."""
+        return " ".join(f"{key}={value}" for key, value in self.settings.items())
+
+    def result(self, method: str) -> dict[str, Any] | None:
+        """Return what the run came to, if it is finished."""
+        try:
+            results = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return None if results["protocol"]["missing"] else results["methods"].get(method)
+
+
+def run_sweep(arguments: Sequence[str]) -> None:
+    """Run a method with every choice of settings that is not finished yet, several at a time, and print the table."""
+    options, words = _parse(arguments)
+    folder = Path(options.output_dir)
+    trials = [Trial(settings, folder / f"trial_{n:03d}") for n, settings in _numbered(options, words, folder)]
+    method, failed = options.method, {}
+    waiting = [trial for trial in trials if trial.result(method) is None]
+    with ThreadPoolExecutor(options.processes) as pool:
+        running = {pool.submit(_run, trial, options, words): trial for trial in waiting}
+        console = Console(stderr=True)
+        for future in track(as_completed(running), "sweep", total=len(running), console=console):
+            if future.result():
+                failed[running[future].name] = future.result()
+    rows = _rows(trials, method)
+    _write(folder, method, rows, options, arguments)
+    Console().print(_table(rows, method))
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise RuntimeError(f"{len(failed)} of {len(trials)} trials failed; the first, with {name}: {error}")
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Return the options of the sweep, and the words that its runs are given."""
+    parser = ArgumentParser("lit-rebasin sweep", add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--vary", action="append", default=[])
+    parser.add_argument("--method", default="rebasin")
+    parser.add_argument("--seeds", default="100")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--draw_seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--validation_fraction", type=float, default=0.1)
+    parser.add_argument("--output_dir")
+    try:
+        options, words = parser.parse_known_args(list(arguments))
+    except ArgumentError as error:
+        raise UsageError(str(error)) from None
+    if not options.vary:
+        raise UsageError("sweep needs what to vary, such as --vary merge.alpha=0.5,0.7,0.9")
+    if options.output_dir is None:
+        raise UsageError("sweep needs --output_dir, where its trials are kept and looked for")
+    if options.processes < 1 or (options.trials is not None and options.trials < 1):
+        raise UsageError("--processes and --trials must be at least 1")
+    if not 0 < options.validation_fraction < 1:
+        raise UsageError(
+            f"--validation_fraction must lie between 0 and 1, got {options.validation_fraction}: a sweep never looks at test data"
+        )
+    check_methods([options.method], 1, "benchmark")
+    for word in words:
+        if word.split("=")[0] in ("--methods", "--data.validation_fraction"):
+            raise UsageError(f"sweep has no option {word.split('=')[0]}; use --method and --validation_fraction")
+    return options, words
+
+
+def _choices(options: Namespace) -> list[dict[str, str]]:
+    """Return every combination of the values, or some that are drawn from them."""
+    grid: dict[str, list[str]] = {}
+    for text in options.vary:
+        key, _, values = text.partition("=")
+        if not key or not values:
+            raise UsageError(f"--vary takes a key and values, as in merge.alpha=0.5,0.7, got {text!r}")
+        if key in grid:
+            raise UsageError(f"--vary names {key} twice; put all its values into one")
+        grid[key] = values.split(",") if not values.startswith("[") else [str(v) for v in json.loads(values)]
+    every = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
+    if options.trials is None or options.trials >= len(every):
+        return every
+    return random.Random(options.draw_seed).sample(every, options.trials)
+
+
+def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tuple[int, dict[str, str]]]:
+    """Give every choice of settings a number, that which it has had in the folder before, if any."""
+    listed = folder / "trials.json"
+    run: dict[str, Any] = {name: getattr(options, name) for name in ("method", "seeds", "validation_fraction")}
+    run |= {
+        "words": list(words),
+        "files": [Path(word).read_text() for word in words if word.endswith((".yaml", ".yml"))],
+    }
+    kept: dict[str, Any] = {"run": run, "settings": []}
+    if listed.is_file():
+        kept = json.loads(listed.read_text(encoding="utf-8"))
+    if kept["run"] != run:
+        changed = next(name for name in run if kept["run"].get(name) != run[name])
+        raise UsageError(f"{folder} holds trials of a sweep with other {changed}; choose another --output_dir")
+    wanted = _choices(options)
+    known = [*kept["settings"], *(settings for settings in wanted if settings not in kept["settings"])]
+    _write_json(listed, {"run": run, "settings": known})
+    return [(known.index(settings), settings) for settings in wanted]
+
+
+def _run(trial: Trial, options: Namespace, words: Sequence[str]) -> str | None:
+    """Run a benchmark of one method in a process of its own; return what went wrong, if anything did."""
+    command = [sys.executable, "-m", "lit_rebasin", "benchmark", *words]
+    command += ["--methods", options.method, "--seeds", options.seeds, "--output_dir", str(trial.folder), "--overwrite"]
+    command += ["--data.validation_fraction", str(options.validation_fraction)]
+    command += [f"--{key}={value}" for key, value in trial.settings.items()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return lines[-1].removeprefix("lit-rebasin: error: ")
+
+
+def _rows(trials: Sequence[Trial], method: str) -> list[dict[str, Any]]:
+    """Return what the finished trials came to, the most accurate first."""
+    rows = []
+    for trial in trials:
+        found = trial.result(method)
+        if found is not None:
+            rows.append({"settings": dict(trial.settings), **{key: found[key] for key in ("accuracy", "forgetting")}})
+    return sorted(rows, key=lambda row: -mean(row["accuracy"]))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], method: str) -> Table:
+    table = Table(title=f"{method}, on held-back training data")
+    for key in rows[0]["settings"] if rows else []:
+        table.add_column(key)
+    for header in ("avg accuracy %", "forgetting %"):
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(*row["settings"].values(), _cell(row["accuracy"]), _cell(row["forgetting"]))
+    return table
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    numbers = [100 * value for value in values if value is not None]
+    if not numbers:
+        return "-"
+    return f"{mean(numbers):.1f}" + (f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else "")
+
+
+def _write(
+    folder: Path, method: str, rows: Sequence[Mapping[str, Any]], options: Namespace, arguments: Sequence[str]
+) -> None:
+    command = " ".join(["lit-rebasin sweep", *arguments])
+    kept = {
+        "method": method,
+        "seeds": options.seeds,
+        "validation_fraction": options.validation_fraction,
+        "command": command,
+        "trials": list(rows),
+    }
+    _write_json(folder / "sweep.json", kept)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

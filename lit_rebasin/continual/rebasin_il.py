@@ -1,0 +1,145 @@
+"""The published incremental re-basin, to the letter: permutations and a residual are all that later tasks train."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from lit_rebasin.alignment import SinkhornRebasin, incremental_cost
+from lit_rebasin.continual.classifier import ContinualClassifier
+from lit_rebasin.symmetry import permutation_spec, permute
+
+
+class RebasinIL(LightningModule):
+    """Learn a stream as RebasinIL does (Pena et al., CVPR 2023, section 4.3, and their public code, fagp/rebasin-IL).
+
+    The first task is trained as usual. From then on a task leaves the network as it is and trains what is done to it: soft permutations,
+    with logits that AdamW moves, and a residual ``delta`` that SGD moves, its gradient clipped elementwise, by the loss at the midpoint,
+    ``C(1/2 (theta + P theta) + delta)``. The task ends with ``theta <- alpha theta + (1 - alpha) pi_P(theta) + delta``, the permutation hard
+    (eq. 12). Defaults are theirs.
+
+    Needs a :class:`~lit_rebasin.ContinualDataModule` in the same Trainer.
+
+    Args:
+        classifier: The network and the optimizer of the first task.
+        alpha: Weight of the network as it is in the merge.
+        learning_rate: Of the logits; they start at ``I + 0.1 N(0, 1)``.
+        residual_learning_rate: Of ``delta``; it starts at ``1e-4 N(0, 1)``.
+        residual_weight_decay: Of ``delta``.
+        residual_clip: Largest absolute gradient of an entry of ``delta``.
+        seed: Of the logits and ``delta`` at their start.
+    """
+
+    def __init__(
+        self,
+        classifier: ContinualClassifier,
+        *,
+        alpha: float = 0.8,
+        learning_rate: float = 0.1,
+        residual_learning_rate: float = 0.05,
+        residual_weight_decay: float = 0.1,
+        residual_clip: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.classifier = classifier
+        self.alpha, self.seed, self.residual_clip = alpha, seed, residual_clip
+        self.learning_rate = learning_rate
+        self.residual_learning_rate, self.residual_weight_decay = residual_learning_rate, residual_weight_decay
+        self.rebasin: SinkhornRebasin | None = None
+        self.residual = nn.ParameterDict()
+        self._spec: Any = None
+
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        """Return the logits of the network as it is."""
+        return self.classifier(x, task)
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizers of a task; called again whenever the stream moves to its next one."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.task == 0:
+            return self.classifier.configure_optimizers()
+        if self._spec is None:
+            self._spec = permutation_spec(self.classifier, _example(data, self.device))
+        seed = self.seed + data.task
+        generator = torch.Generator().manual_seed(seed)
+        self.rebasin = SinkhornRebasin(self._spec, sharpness=1.0, noise=0.1, seed=seed).to(self.device)
+        self.residual = nn.ParameterDict()
+        for name, parameter in self.classifier.named_parameters():
+            start = 1e-4 * torch.randn(parameter.shape, generator=generator)
+            self.residual[_key(name)] = nn.Parameter(start.to(self.device))
+        return [
+            torch.optim.AdamW(self.rebasin.parameters(), lr=self.learning_rate),
+            torch.optim.SGD(
+                self.residual.parameters(), lr=self.residual_learning_rate, weight_decay=self.residual_weight_decay
+            ),
+        ]
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Take a step: of the network in the first task, of permutations and residual in later ones."""
+        optimizers: Any = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = self._loss(batch)
+        self.manual_backward(loss)
+        if self.rebasin is not None:
+            nn.utils.clip_grad_value_(self.residual.parameters(), self.residual_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        self.log("train_loss", loss, prog_bar=True)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Merge at the end of a task, before its validation."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        ends = self.trainer.is_last_batch and (self.trainer.current_epoch + 1) % data.epochs_per_task == 0
+        if ends and self.rebasin is not None:
+            self._merge(self.rebasin)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log loss and accuracy on one task of the stream."""
+        x, y, task = batch
+        logits = self(x, task)
+        self.log("val_loss", cross_entropy(logits, y), batch_size=len(y))
+        self.log("val_acc", self.classifier.accuracy(logits, y), batch_size=len(y))
+
+    def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, y, task = batch
+        if self.rebasin is None:
+            return cross_entropy(self(x, task), y)
+        fixed = {name: tensor.detach() for name, tensor in self._weights().items()}
+
+        def loss(weights: Mapping[str, Tensor]) -> Tensor:
+            return cross_entropy(functional_call(self.classifier, dict(weights), (x, task)), y)
+
+        return incremental_cost(self.rebasin(fixed), fixed, loss, 0.5, self._residual())
+
+    @torch.no_grad()
+    def _merge(self, rebasin: SinkhornRebasin) -> None:
+        weights, residual = self._weights(), self._residual()
+        moved = permute(weights, self._spec, rebasin.permutations())
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                merged = self.alpha * tensor + (1 - self.alpha) * moved[name]
+                tensor.copy_(merged + residual[name] if name in residual else merged)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {**dict(self.classifier.named_parameters()), **dict(self.classifier.named_buffers())}
+
+    def _residual(self) -> dict[str, Tensor]:
+        return {name: self.residual[_key(name)] for name, _ in self.classifier.named_parameters()}
+
+
+def _example(data: Any, device: torch.device) -> Any:
+    x = torch.zeros(2, *data.input_shape, device=device)
+    return x if data.n_heads == 1 else (x, torch.zeros(2, dtype=torch.long, device=device))
+
+
+def _key(name: str) -> str:
+    """Return a parameter's name without dots, which a ParameterDict does not take."""
+    return name.replace(".", "/")

@@ -1,0 +1,127 @@
+"""MC-SGD against its formula, written out without the project's code."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from lit_rebasin import ContinualClassifier, ContinualDataModule, ModeConnectivity
+
+
+def network():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    return ContinualClassifier(body, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+
+
+def fit(callback, tasks=2, also=(), model=None, **options):
+    options = {"n_tasks": 3, "epochs_per_task": 2, "replay_per_class": 2, **options}
+    data = ContinualDataModule("rotated-digits", **options)
+    data.mixes_replay = False
+    trainer = pl.Trainer(
+        max_epochs=2 * tasks,
+        reload_dataloaders_every_n_epochs=1,
+        check_val_every_n_epoch=2,
+        callbacks=[*also, callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+    )
+    model = model or network()
+    trainer.fit(model, datamodule=data)
+    return model, data
+
+
+class Trained(Callback):
+    """Keeps the networks as they were trained, and the sizes of the batches."""
+
+    def __init__(self):
+        self.networks, self.tasks = [], set()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.tasks.add((trainer.datamodule.task, tuple(batch[2].unique().tolist())))
+        if trainer.is_last_batch and trainer.current_epoch % 2:
+            self.networks.append(copy.deepcopy(module))
+
+
+def test_one_step_is_that_of_the_formula():
+    trained = Trained()
+    callback = ModeConnectivity(start=0.3, points=4, learning_rate=0.02, batch_size=1000)
+    model, data = fit(callback, also=[trained])
+    previous, new = (dict(one.named_parameters()) for one in trained.networks)
+    previous = {name: tensor.detach() for name, tensor in previous.items()}
+    new = {name: tensor.detach() for name, tensor in new.items()}
+    w = {name: (previous[name] + 0.3 * (new[name] - previous[name])).requires_grad_() for name in new}
+    loss = 0
+    for begin, (x, y, _) in ((previous, data.kept_examples(1)), (new, _permuted(data))):
+        for a in (0, 0.25, 0.5, 0.75, 1):
+            point = {name: begin[name] + a * (w[name] - begin[name]) for name in w}
+            loss = loss + cross_entropy(functional_call(model, point, (x,)), y)
+    loss.backward()
+    for name, tensor in w.items():
+        torch.testing.assert_close(
+            dict(model.named_parameters())[name], tensor - 0.02 * tensor.grad, rtol=1e-4, atol=1e-6
+        )
+
+
+def _permuted(data):
+    """The batch of the new task that the callback draws: as many examples as it has, or 1,000."""
+    generator = torch.Generator().manual_seed(0 + 1)
+    n = len(data.new_examples(1)[1])
+    order = torch.randperm(n, generator=generator)[:1000]
+    return [part[order] for part in data.new_examples(1)]
+
+
+def test_training_sees_the_new_task_alone():
+    trained = Trained()
+    fit(ModeConnectivity(), also=[trained])
+    assert trained.tasks == {(0, (0,)), (1, (1,))}
+
+
+def test_both_lines_have_a_lower_loss_than_the_start():
+    """On the objective itself, over all that is kept and the whole new task."""
+    trained = Trained()
+    model, data = fit(ModeConnectivity(epochs=20, learning_rate=0.01, momentum=0.0), also=[trained])
+    previous, new = ({n: t.detach() for n, t in one.named_parameters()} for one in trained.networks)
+    start = {name: previous[name] + 0.1 * (new[name] - previous[name]) for name in new}
+
+    def objective(w):
+        total = 0.0
+        for begin, (x, y, _) in ((previous, data.kept_examples(1)), (new, data.new_examples(1))):
+            for a in torch.linspace(0, 1, 11).tolist():
+                point = {name: begin[name] + a * (w[name] - begin[name]) for name in w}
+                with torch.no_grad():
+                    total += float(cross_entropy(functional_call(model, point, (x,)), y))
+        return total
+
+    assert objective(dict(model.named_parameters())) < 0.98 * objective(start)
+
+
+def test_same_seed_same_network_and_state():
+    callbacks = [ModeConnectivity(seed=seed) for seed in (0, 0, 1)]
+    weights = [fit(callback, tasks=3)[0].backbone[1].weight for callback in callbacks]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    resumed = ModeConnectivity()
+    resumed.load_state_dict(copy.deepcopy(callbacks[0].state_dict()))
+    assert resumed.n_tasks == 3
+    torch.testing.assert_close(resumed.previous["backbone.1.weight"], weights[0].detach())
+
+
+@pytest.mark.parametrize("wrong", [{"start": 2}, {"points": 0}, {"learning_rate": 0}, {"epochs": 0}, {"batch_size": 0}])
+def test_wrong_arguments(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ModeConnectivity(**wrong)
+
+
+def test_it_needs_kept_examples():
+    with pytest.raises(Exception, match="needs a datamodule that keeps examples"):
+        fit(ModeConnectivity(), replay_per_class=0)

@@ -1,0 +1,132 @@
+"""Methods of `benchmark` by name, and what differs between them."""
+
+import json
+
+import pytest
+import torch
+
+from lit_rebasin.cli import main
+from lit_rebasin.cli.methods import METHODS, names_of
+
+SMALL = [
+    "benchmark",
+    "--data.benchmark=rotated-digits",
+    "--data.n_tasks=3",
+    "--data.epochs_per_task=2",
+    "--data.replay_per_class=2",
+    "--model.backbone=avalanche.models.SimpleMLP",
+    "--model.backbone.input_size=64",
+    "--model.backbone.hidden_size=16",
+    "--trainer.accelerator=cpu",
+    "--seeds=0",
+]
+
+
+def run(folder, *words):
+    code = main([*SMALL, "--output_dir", str(folder), *words])
+    results = folder / "results.json"
+    return code, json.loads(results.read_text()) if results.is_file() else None
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all")
+    code, found = run(folder, "--methods", ",".join(names_of("benchmark")))
+    assert code == 0
+    return folder, found
+
+
+def test_every_method_runs_and_is_in_the_table(results):
+    folder, found = results
+    assert list(found["methods"]) == list(METHODS)
+    for name, numbers in found["methods"].items():
+        assert numbers["accuracy"][0] > 0.2, name
+        matrix = torch.tensor(
+            [[float("nan") if a is None else a for a in row] for row in numbers["accuracy_matrix"][0]]
+        )
+        assert matrix.shape == (3, 3)
+        assert bool(matrix[:-1].isnan().all()) == (name == "joint")
+    table = (folder / "results.md").read_text()
+    (joint,) = [line for line in table.splitlines() if line.startswith("| joint")]
+    assert joint.split("|")[3].strip() == "-"
+    assert "NaN" not in (folder / "results.json").read_text()
+
+
+def test_joint_training_is_best_and_finetuning_forgets_most(results):
+    _, found = results
+    accuracy = {name: numbers["accuracy"][0] for name, numbers in found["methods"].items()}
+    lost = {name: numbers["forgetting"][0] for name, numbers in found["methods"].items() if name != "joint"}
+    assert accuracy["joint"] >= accuracy["finetune"]
+    assert lost["finetune"] == max(lost[name] for name in ("finetune", "replay", "der", "rebasin", "cumulative"))
+
+
+def test_baselines_leave_curves_in_tensorboard(results):
+    folder, _ = results
+    assert list((folder / "ewc" / "seed_0").rglob("events.out.tfevents*"))
+
+
+def test_what_differs_for_a_method(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "per_method:\n  average: {merge.alpha: 0.0}\n  rebasin: {merge.alpha: 1.0, data.replay_per_class: 1}\n  ewc: {ewc_lambda: 1000000.0}\n"
+    )
+    words = ["--config", str(tmp_path / "c.yaml"), "--methods", "finetune,ewc,average,rebasin"]
+    code, found = run(tmp_path / "out", *words)
+    assert code == 0
+    stays = torch.tensor(found["methods"]["rebasin"]["accuracy_matrix"][0])
+    assert torch.equal(stays[0], stays[2])  # the previous network is kept, whatever was trained
+    moves = torch.tensor(found["methods"]["average"]["accuracy_matrix"][0])
+    assert not torch.equal(moves[0], moves[2])
+    ewc, free = (torch.tensor(found["methods"][name]["accuracy_matrix"][0]) for name in ("ewc", "finetune"))
+    assert ewc[2, 2] < free[2, 2]
+    kept = (tmp_path / "out" / "rebasin" / "seed_0" / "config.yaml").read_text()
+    assert "replay_per_class: 1" in kept
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("magic: {}", "there is no method 'magic'"),
+        (
+            "rebasin: {alpha: 0.5}",
+            "there is no key 'alpha'; name a key of the configuration in full, as in merge.alpha",
+        ),
+        ("rebasin: {merge.alpha: 2}", "per_method of 'rebasin'"),
+        ("ewc: {lamda: 1}", "per_method of 'ewc': Avalanche's strategy for 'ewc' does not take these options"),
+        (
+            "mc-sgd: {stepps: 1}",
+            "there is no key 'stepps'; name a key of the configuration in full, as in merge.alpha, or one of start",
+        ),
+    ],
+)
+def test_wrong_settings_of_a_method_are_refused_before_any_run(line, message, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"per_method:\n  {line}\n")
+    words = ["--config", str(tmp_path / "c.yaml"), "--methods", "finetune,ewc,mc-sgd,rebasin"]
+    code, found = run(tmp_path / "out", *words)
+    assert code != 0
+    assert found is None
+    assert message in capsys.readouterr().err
+
+
+def test_fit_names_what_it_cannot_run(tmp_path, capsys):
+    words = ["fit", *SMALL[1:-1], "--method", "ewc", "--output_dir", str(tmp_path)]
+    assert main(words) == 2
+    assert "'ewc' is for benchmark; choose from finetune, replay, average, rebasin" in capsys.readouterr().err
+
+
+def test_tasks_in_parallel_give_the_figures_of_tasks_in_turn(tmp_path):
+    words = ["--methods", "average,rebasin", "--merge.start=fresh", "--model.backbone.drop_rate=0"]
+    found = [run(tmp_path / str(n), *words, f"--parallel_tasks={n}", "--threads=1")[1]["methods"] for n in (1, 2)]
+    for name in ("average", "rebasin"):
+        torch.testing.assert_close(
+            torch.tensor(found[0][name]["accuracy_matrix"]),
+            torch.tensor(found[1][name]["accuracy_matrix"]),
+            rtol=0,
+            atol=0,
+        )
+    assert found[0]["average"]["accuracy"] != found[0]["rebasin"]["accuracy"]
+
+
+def test_tasks_that_depend_on_each_other_are_not_trained_in_parallel(tmp_path, capsys):
+    code, _ = run(tmp_path / "out", "--methods", "rebasin", "--parallel_tasks=2")
+    assert code == 2
+    assert "needs --merge.start fresh" in capsys.readouterr().err

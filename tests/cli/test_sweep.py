@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from lit_rebasin.cli import main
+
+SMALL = [
+    "--data.benchmark=rotated-digits",
+    "--data.n_tasks=2",
+    "--data.epochs_per_task=1",
+    "--data.replay_per_class=2",
+    "--model.backbone=avalanche.models.SimpleMLP",
+    "--model.backbone.input_size=64",
+    "--model.backbone.hidden_size=16",
+    "--trainer.accelerator=cpu",
+]
+
+
+def sweep(folder, *words):
+    return main(["sweep", *SMALL, "--output_dir", str(folder), *words])
+
+
+def test_trials_are_listed_by_accuracy_and_not_run_again(tmp_path, capsys):
+    vary = ["--vary", "merge.alpha=0.1,0.9", "--seeds", "100,101", "--processes", "2"]
+    assert sweep(tmp_path, *vary) == 0
+    table = capsys.readouterr().out
+    kept = json.loads((tmp_path / "sweep.json").read_text())
+    means = [sum(trial["accuracy"]) / 2 for trial in kept["trials"]]
+    assert means == sorted(means, reverse=True)
+    assert {trial["settings"]["merge.alpha"] for trial in kept["trials"]} == {"0.1", "0.9"}
+    assert "0.1" in table
+    assert f"{100 * means[0]:.1f}" in table
+    results = [tmp_path / f"trial_{n:03d}" / "results.json" for n in range(2)]
+    protocol = json.loads(results[0].read_text())["protocol"]
+    assert protocol["data"]["validation_fraction"] == 0.1
+    assert protocol["seeds"] == [100, 101]
+    times = [path.stat().st_mtime_ns for path in results]
+    assert sweep(tmp_path, *vary, "--vary", "merge.batches=10") == 0  # the same and one key more: other trials
+    results[1].unlink()
+    assert sweep(tmp_path, *vary) == 0
+    assert results[0].stat().st_mtime_ns == times[0]
+    assert results[1].stat().st_mtime_ns > times[1]
+
+
+def test_a_draw_of_the_combinations_is_the_same_each_time(tmp_path, monkeypatch):
+    seen = []
+
+    def listed(trial, options, words):
+        seen.append(trial.name)
+
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", listed)
+    for turn, seed in enumerate(("0", "0", "1")):
+        vary = ["--vary", "merge.alpha=0.1,0.2,0.3,0.4,0.5", "--vary", "merge.batches=1,2,3"]
+        assert sweep(tmp_path / str(turn), *vary, "--trials", "4", "--draw_seed", seed) == 0
+    assert seen[:4] == seen[4:8] != seen[8:]
+    assert len(set(seen[:4])) == 4
+
+
+def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
+    assert sweep(tmp_path, "--vary", "merge.alpha=0.5,7") == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 trials failed; the first, with merge.alpha=7" in error
+    assert "alpha is the weight of the previous model" in error
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["trials"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "sweep needs what to vary"),
+        (["--vary", "merge.alpha"], "--vary takes a key and values"),
+        (["--vary", "a=1", "--vary", "a=2"], "--vary names a twice"),
+        (["--vary", "a=1", "--validation_fraction", "0"], "a sweep never looks at test data"),
+        (["--vary", "a=1", "--data.validation_fraction=0"], "use --method and --validation_fraction"),
+        (["--vary", "a=1", "--methods", "replay"], "sweep has no option --methods"),
+        (["--vary", "a=1", "--processes", "0"], "--processes and --trials must be at least 1"),
+        (["--vary", "a=1", "--method", "magic"], "there is no method 'magic'"),
+    ],
+)
+def test_errors(words, message, tmp_path, capsys):
+    assert sweep(tmp_path / "new", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", lambda *_: None)
+    assert sweep(tmp_path, "--vary", "merge.alpha=0.1") == 0
+    assert sweep(tmp_path, "--vary", "merge.alpha=0.1", "--seeds", "7") == 2
+    assert "holds trials of a sweep with other seeds" in capsys.readouterr().err
