@@ -101,7 +101,7 @@ def sinkhorn_alignment(
 
     AdamW moves the logits while the temperature falls by a schedule, so that the soft network ends at the hard one. SGD with weight decay moves
     the residual, its gradient clipped elementwise (settings of the published incremental learning code). A step at which the cost or a gradient
-    is not finite is left out.
+    is not finite is left out, and a candidate of cost 0 is the last: neither a distance nor a loss can be below.
 
     Args:
         model: Weights of the model to permute.
@@ -162,12 +162,14 @@ def sinkhorn_alignment(
                     optimizer.step()
         if step % max(1, steps // 10) == 0 or step == steps:
             seen.offer(rebasin.permutations(), residual)
+            if seen.cost == 0:
+                break
     return Alignment(
         seen.permutations,
         seen.cost,
         seen.history,
         "sinkhorn",
-        _is_hard(rebasin),
+        seen.cost == 0 or _is_hard(rebasin),
         perf_counter() - started,
         seen.residual,
     )

@@ -219,7 +219,7 @@ def test_temperature_falls_by_the_schedule_from_step_to_step():
         weights,
         SPEC,
         cost,
-        evaluate=lambda _: torch.zeros(()),
+        evaluate=lambda _: torch.ones(()),
         steps=4,
         learning_rate=1e-9,
         schedule=Schedule(beta_0=2.0, kappa=0.5),
@@ -302,3 +302,23 @@ def test_gradients_that_are_not_finite_teach_nothing():
     result = sinkhorn_alignment(weights, SPEC, cost, steps=60, learning_rate=1.0)
     assert len(calls) > 3
     assert result.cost < 1e-10
+
+
+def test_a_candidate_of_cost_0_ends_the_search():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+    spec = permutation_spec(network, torch.randn(2, 6))
+    weights = {name: tensor.detach() for name, tensor in network.named_parameters()}
+    planted = permute(weights, spec, spec.random(generator=torch.Generator().manual_seed(0)))
+    calls = []
+
+    def cost(permuted):
+        calls.append(1)
+        return l2_cost(permuted, weights)
+
+    found = sinkhorn_alignment(
+        planted, spec, cost, evaluate=lambda permuted: l2_cost(permuted, weights), steps=1000, learning_rate=1.0
+    )
+    assert found.cost == found.history[-1] == 0
+    assert found.converged
+    assert len(calls) == 100 * (len(found.history) - 1) < 1000
