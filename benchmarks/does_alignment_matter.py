@@ -20,8 +20,9 @@ from lit_rebasin import ContinualClassifier, ContinualDataModule, ContinualMonit
 from lit_rebasin.metrics import average_accuracy, forgetting
 
 SEEDS = (0, 1, 2)
+STARTS = {"previous": "merged model", "fresh": "fresh weights"}
 MERGES = {
-    "no merge (replay only)": None,
+    "no merge (replay only)": {"method": "identity", "alpha": 0.0, "statistics": "none"},
     "average": {"method": "identity"},
     "weight matching": {"method": "weights"},
     "weight matching, alpha by Fisher": {"method": "weights", "alpha": "fisher"},
@@ -37,26 +38,13 @@ MERGES = {
 N_TASKS, EPOCHS, ALPHA = 20, 10, 0.5
 
 
-class FreshStart(pl.Callback):
-    """Give the network new initial weights at the start of every later task."""
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch % EPOCHS == 0 and trainer.current_epoch > 0:
-            with torch.random.fork_rng():
-                torch.manual_seed(1000 + trainer.current_epoch)
-                for layer in pl_module.modules():
-                    if isinstance(layer, nn.Linear):
-                        layer.reset_parameters()
-
-
-def run(options, fresh, seed):
+def run(options, start, seed):
     pl.seed_everything(seed, verbose=False)
     data = ContinualDataModule(
         "rotated-digits", n_tasks=N_TASKS, epochs_per_task=EPOCHS, batch_size=64, replay_per_class=1, seed=seed
     )
     model = ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
-    monitor = ContinualMonitor()
-    merges = [] if options is None else [RebasinMerge(**{"alpha": ALPHA, "seed": seed, **options})]
+    merge, monitor = RebasinMerge(**{"alpha": ALPHA, "seed": seed, "start": start, **options}), ContinualMonitor()
     trainer = pl.Trainer(
         max_epochs=N_TASKS * EPOCHS,
         reload_dataloaders_every_n_epochs=1,
@@ -67,10 +55,10 @@ def run(options, fresh, seed):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*([FreshStart()] if fresh else []), *merges, monitor],
+        callbacks=[merge, monitor],
     )
     trainer.fit(model, datamodule=data)
-    moved = mean(entry["moved"] for entry in merges[0].history) if merges else 0.0
+    moved = mean(entry["moved"] for entry in merge.history)
     return average_accuracy(monitor.matrix), forgetting(monitor.matrix), moved
 
 
@@ -82,13 +70,11 @@ def main():
         "| start of each task | merge | average accuracy % | forgetting % | neurons moved of 128 |",
         "|---|---|---:|---:|---:|",
     ]
-    cases = [(fresh, name) for fresh in (False, True) for name in MERGES]
-    for fresh, name in track(cases, "aligning", console=Console(stderr=True)):
-        found = list(zip(*[run(MERGES[name], fresh, seed) for seed in SEEDS], strict=True))
+    cases = [(start, name) for start in STARTS for name in MERGES]
+    for start, name in track(cases, "aligning", console=Console(stderr=True)):
+        found = list(zip(*[run(MERGES[name], start, seed) for seed in SEEDS], strict=True))
         cells = [f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}" for values in found[:2]]
-        lines.append(
-            f"| {'fresh weights' if fresh else 'merged model'} | {name} | {cells[0]} | {cells[1]} | {mean(found[2]):.0f} |"
-        )
+        lines.append(f"| {STARTS[start]} | {name} | {cells[0]} | {cells[1]} | {mean(found[2]):.0f} |")
     table = "\n".join(lines)
     print(table, file=sys.stdout)
     about = (
