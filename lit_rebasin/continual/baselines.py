@@ -101,7 +101,7 @@ def run_baseline(
 
     The strategy gets the training examples that a fit of ours gets, in batches of as many new ones, as many epochs a task, with the optimizer
     of ``model``, fresh for each task, and may keep as many examples. Batches and what is kept are drawn by Avalanche from the global random
-    state.
+    states, of Python among them.
 
     Args:
         name: A key of `BASELINES`.
