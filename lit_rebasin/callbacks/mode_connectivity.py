@@ -14,6 +14,7 @@ from typing_extensions import override
 from lit_rebasin.alignment.costs import interpolate
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.continual.task_end import task_ends
+from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
 from lit_rebasin.merging.path import weights_of, write_weights
 from lit_rebasin.transport.arguments import check_count, check_positive
 
@@ -24,6 +25,8 @@ class ModeConnectivity(Callback):
     After every task but the first, SGD minimises ``sum_a [L_old(prev + a (w - prev)) + L_new(trained + a (w - trained))]`` over ``w``, ``a``
     on equidistant points of [0, 1], the loss of old tasks on the kept examples, that of the new task on its own. Defaults are those of the
     authors' experiments on Rotated MNIST (their public code): start a tenth of the way from the previous network, 10 points, one pass.
+
+    Parameters that no task before has trained are taken as they are, and BatchNorm's statistics are estimated anew.
 
     Needs a datamodule with ``kept_examples``, such as :class:`~lit_rebasin.ContinualDataModule`.
 
@@ -58,6 +61,8 @@ class ModeConnectivity(Callback):
         self.learning_rate, self.momentum = learning_rate, momentum
         self.previous: dict[str, Tensor] | None = None
         self.n_tasks = 0
+        self._initial: dict[str, Tensor] = {}
+        self._learned: set[str] = set()  # parameters that some finished task has trained
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -69,6 +74,12 @@ class ModeConnectivity(Callback):
             )
 
     @override
+    def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
+        """Note what is not trained yet."""
+        if self.previous is None and not self._initial:
+            self._initial = {name: tensor.detach().cpu().clone() for name, tensor in weights_of(pl_module).items()}
+
+    @override
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -77,23 +88,30 @@ class ModeConnectivity(Callback):
             return
         if self.previous is not None:
             self._connect(trainer, pl_module, self.previous)
-        self.previous = {name: tensor.detach().clone() for name, tensor in weights_of(pl_module).items()}
+        before = self.previous or self._initial
+        self.previous = {name: tensor.detach().cpu().clone() for name, tensor in weights_of(pl_module).items()}
+        self._learned |= {name for name, tensor in self.previous.items() if not torch.equal(tensor, before[name].cpu())}
         self.n_tasks += 1
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the previous weights and the number of tasks."""
-        return {"previous": self.previous or {}, "n_tasks": self.n_tasks}
+        """Return the previous weights, the number of tasks, and what they have trained."""
+        return {"previous": self.previous or {}, "n_tasks": self.n_tasks, "learned": sorted(self._learned)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what a checkpoint holds."""
         self.previous = dict(state_dict["previous"]) or None
         self.n_tasks = state_dict["n_tasks"]
+        self._learned = set(state_dict["learned"])
 
     def _connect(self, trainer: "pl.Trainer", module: "pl.LightningModule", previous: Mapping[str, Tensor]) -> None:
         trained = {name: tensor.detach().clone() for name, tensor in weights_of(module).items()}
-        previous = {name: tensor.to(module.device) for name, tensor in previous.items()}
+        # What no task before has trained, such as the head of a new task, is taken as it is.
+        previous = {
+            name: previous[name].to(module.device) if name in self._learned else tensor
+            for name, tensor in trained.items()
+        }
         learned = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         between = interpolate(trained, previous, self.start)
         found = {name: between[name].clone().requires_grad_() for name in learned}
@@ -109,6 +127,10 @@ class ModeConnectivity(Callback):
                         step.at({**trained, **on_line}, batch).backward()
                 optimizer.step()
             write_weights(module, {**trained, **{name: tensor.detach() for name, tensor in found.items()}})
+            if has_batch_norm(module):
+                reestimate_batch_norm(
+                    module, step, [batch for pair in self._batches(trainer, module) for batch in pair]
+                )
 
     def _batches(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> Iterator[tuple[Any, Any]]:
         """Yield batches of kept examples, each with one of the new task."""

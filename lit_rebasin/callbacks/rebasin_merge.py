@@ -47,9 +47,9 @@ class RebasinMerge(TaskMerger, Callback):
         statistics: What the merged weights are given: ``"reestimate"``, BatchNorm statistics estimated anew; ``"repair"`` and ``"rescale"``,
             :func:`~lit_rebasin.merging.repair` of every layer and those; ``"data-free"``, :func:`~lit_rebasin.merging.reset_batch_norm`;
             ``"none"``.
-        batches: The most batches that each merge uses.
-        examples: Of what: ``"training"``, batches of the training loader, with whatever replay it mixes in; or ``"kept"``, what a datamodule
-            such as ``ContinualDataModule`` keeps for replay, the task just learned among it.
+        batches: Training batches, of the task just learned and whatever replay its loader mixes in, that each merge uses.
+        examples: ``"kept"`` takes in their place all that a datamodule such as ``ContinualDataModule`` keeps for replay, the task just learned
+            among it.
         start: Where each task but the first begins: at the ``"previous"`` network; ``"fresh"``, with every layer initialised anew, which
             needs the alignment; or ``"perturbed"``, half of either.
         seed: Seed of everything drawn in a merge; the random states of Python, NumPy, torch and of the loaders are not touched.
@@ -184,5 +184,5 @@ class RebasinMerge(TaskMerger, Callback):
             return draw_batches(trainer, self.settings.batches)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         kept = data.kept_examples(data.task + 1)
-        order = torch.randperm(len(kept[1])).split(data.batch_size)[: self.settings.batches]
+        order = torch.randperm(len(kept[1])).split(data.batch_size)
         return [[part[chosen].to(trainer.strategy.root_device) for part in kept] for chosen in order]

@@ -1,5 +1,8 @@
 """The configuration behind both commands, and how a run is built from it."""
 
+import json
+import logging
+import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,11 +113,8 @@ class ContinualCLI(LightningCLI):
     def for_method(self, method: str) -> "ContinualCLI":
         """Return the configuration of a method of `benchmark`: what ``per_method`` says of it is read like words of the command line."""
         own = self.config.per_method.get(method, {})
-        words = [
-            f"--{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
-            for key, value in own.items()
-            if "." in key
-        ]
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()}
+        words = [f"--{key}={text}" for key, text in texts.items() if "." in key]
         if not words:
             return self
         try:
@@ -185,9 +185,8 @@ def build_run(
     config.method = method
     if not chosen.replay:
         config.data.replay_per_class = 0
-    given = config.per_method.get(method, {})
-    for name, value in (chosen.merge or {}).items():
-        if f"merge.{name}" not in given:
+    for name, value in merge_settings(cli, method).items():
+        if name != "seed":
             config.merge[name] = value
     if config.data_dir is not None:
         config.data.data_dir = config.data_dir
@@ -202,6 +201,13 @@ def build_run(
     options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, *callbacks]
     trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
     return Run(trainer, model, made.data, monitor, record, config)
+
+
+def merge_settings(cli: ContinualCLI, method: str) -> dict[str, Any]:
+    """Return the arguments of a method's merge: the configuration's, but for what makes the method, unless ``per_method`` says otherwise."""
+    given = cli.config.per_method.get(method, {})
+    own = {name: value for name, value in (METHODS[method].merge or {}).items() if f"merge.{name}" not in given}
+    return {**cli.config.merge.as_dict(), **own}
 
 
 def _learner(
@@ -274,3 +280,10 @@ def set_threads(threads: int | None) -> None:
     if threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     torch.set_num_threads(threads)
+
+
+def hush() -> None:
+    """Silence what Lightning and its dependencies say about things that a benchmark does on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

@@ -1,9 +1,7 @@
 """Several methods over several seeds on one stream."""
 
-import logging
-import warnings
-from collections.abc import Sequence
-from inspect import signature
+from collections.abc import Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -15,16 +13,31 @@ from typing_extensions import override
 
 from lit_rebasin.callbacks import ModeConnectivity
 from lit_rebasin.callbacks.report import log_accuracies
-from lit_rebasin.cli.app import ContinualCLI, Run, build_run, log_outcome, prepare_folder, set_threads, write_record
+from lit_rebasin.cli.app import (
+    ContinualCLI,
+    Run,
+    build_run,
+    hush,
+    log_outcome,
+    prepare_folder,
+    set_threads,
+    write_record,
+)
 from lit_rebasin.cli.completeness import check_trainer, complete
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, check_methods
 from lit_rebasin.cli.parallel_tasks import check_parallel, run_in_parallel
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, make_results
-from lit_rebasin.continual import ContinualClassifier, RebasinIL
+from lit_rebasin.continual import ContinualClassifier
 from lit_rebasin.continual.datamodule import LARGEST_SEED
+from lit_rebasin.continual.rebasin_il import check_rebasin_il
 
+# What all methods of a benchmark have in common.
+PROTOCOL = (
+    *(f"data.{name}" for name in ("benchmark", "n_tasks", "scenario", "data_dir", "validation_fraction", "seed")),
+    "data_dir",
+)
 QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
@@ -35,7 +48,7 @@ QUIET = {
 
 def run_benchmark(arguments: Sequence[str]) -> None:
     """Run several methods over several seeds."""
-    _hush()
+    hush()
     benchmark(ContinualCLI("benchmark", arguments))
 
 
@@ -54,7 +67,11 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     configured = {method: cli.for_method(method) for method in methods}
     for method, own in configured.items():
         check_trainer(vars(own.config.trainer), own.config.data.epochs_per_task)
+        check_methods([method], own.config.data.replay_per_class, "benchmark")
         _check_options(method, own)
+        if METHODS[method].baseline:
+            _check_baselines(vars(own.config.trainer))
+            import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
         if own.config.parallel_tasks > 1 and METHODS[method].merge is not None:
             check_parallel(own, method)
     set_threads(cli.config.threads)
@@ -112,23 +129,46 @@ def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch") -> Tensor:
 
 
 def _check_options(method: str, cli: ContinualCLI) -> None:
-    """Raise a `UsageError` for options that a method does not have."""
+    """Raise a `UsageError` for what ``per_method`` cannot say of a method."""
+    for key in cli.config.per_method.get(method, {}):
+        if key in PROTOCOL or key.startswith("trainer."):
+            raise UsageError(
+                f"per_method of {method!r}: {key} is the same for all methods of a benchmark; set it outside"
+            )
     options = cli.strategy_options(method)
-    own = {"rebasin-il": RebasinIL, "mc-sgd": ModeConnectivity}.get(method)
-    known = [name for name in signature(own).parameters if name not in ("classifier", "seed")] if own else []
-    wrong = None if METHODS[method].baseline else next((name for name in options if name not in known), None)
-    if wrong:
-        raise UsageError(
-            f"per_method of {method!r}: there is no key {wrong!r}; name a key of the configuration in full, as in merge.alpha"
-            + (f", or one of {', '.join(known)}" if known else "")
-        )
-    if options and METHODS[method].baseline:
+    check = {"rebasin-il": check_rebasin_il, "mc-sgd": _check_mc_sgd}.get(method)
+    if METHODS[method].baseline and options:
         from lit_rebasin.continual.baselines import check_options
 
-        try:
-            check_options(method, options)
-        except ValueError as error:
-            raise UsageError(f"per_method of {method!r}: {error}") from None
+        check = partial(check_options, method)
+    if check is None and options:
+        raise UsageError(
+            f"per_method of {method!r}: there is no key {next(iter(options))!r}; name it in full, as in merge.alpha"
+        )
+    try:
+        if check is not None:
+            check(options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"per_method of {method!r}: {error}") from None
+
+
+def _check_mc_sgd(options: dict[str, Any]) -> None:
+    ModeConnectivity(**options)
+
+
+def _check_baselines(options: Mapping[str, Any]) -> None:
+    """Raise a `UsageError` for arguments of the Trainer that Avalanche's loops would not heed beside ours."""
+    plain = {
+        "limit_train_batches": (None, 1.0),
+        "gradient_clip_val": (None, 0),
+        "accumulate_grad_batches": (1,),
+        "precision": (None, 32, "32", "32-true"),
+    }
+    for name, values in plain.items():
+        if options[name] not in values:
+            raise UsageError(
+                f"trainer.{name} {options[name]} would not concern the methods that Avalanche runs; leave it out, or leave them out of methods"
+            )
 
 
 def _baseline(run: Run, options: dict[str, Any], watch: "_Watch") -> Tensor:
@@ -165,13 +205,6 @@ def _seeds(given: list[int] | int | str | None) -> list[int]:
     if not seeds or min(seeds) < 0 or max(seeds) > LARGEST_SEED or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds must be different whole numbers from 0 to {LARGEST_SEED}, got {given!r}")
     return seeds
-
-
-def _hush() -> None:
-    """Silence what Lightning and its dependencies say about things that a benchmark does on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 def _progress() -> Progress:

@@ -36,7 +36,14 @@ METHODS = {
     "mc-sgd": Method(replay=True, fits=False),
     "clewi": Method(
         replay=True,
-        merge={**_PLAIN, "method": "activations", "alpha": 0.5, "statistics": "reestimate", "examples": "kept"},
+        merge={
+            **_PLAIN,
+            "method": "activations",
+            "alpha": 0.5,
+            "statistics": "reestimate",
+            "examples": "kept",
+            "start": "previous",
+        },
         fits=False,
     ),
     "rebasin-il": Method(replay=True, fits=False),

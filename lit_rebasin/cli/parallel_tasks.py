@@ -15,7 +15,7 @@ from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.callbacks.report import log_accuracies, log_merge
 from lit_rebasin.callbacks.start import begin
 from lit_rebasin.callbacks.step_loss import StepLoss
-from lit_rebasin.cli.app import ContinualCLI, Run, build_run
+from lit_rebasin.cli.app import ContinualCLI, Run, build_run, hush, merge_settings
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.continual.evaluate import evaluate
 from lit_rebasin.metrics import ContinualAccuracy
@@ -31,8 +31,8 @@ QUIET: dict[str, Any] = {
 
 def check_parallel(cli: ContinualCLI, method: str) -> None:
     """Raise a `UsageError` where the tasks of a method depend on each other."""
-    merge = cli.config.merge
-    if merge.start != "fresh" or merge.examples != "training":
+    merge = merge_settings(cli, method)
+    if merge["start"] != "fresh" or merge["examples"] != "training":
         raise UsageError(
             f"--parallel_tasks trains the tasks of {method!r} apart from each other, which needs --merge.start fresh and "
             "merge.examples training"
@@ -67,6 +67,7 @@ def _train(arguments: tuple[list[str], str, int, int, str, int | None]) -> None:
     words, method, seed, task, folder, threads = arguments
     if threads is not None:
         torch.set_num_threads(threads)
+    hush()
     cli = ContinualCLI("benchmark", words)
     epochs = cli.config.data.epochs_per_task
     run = build_run(cli, method, seed, Path(folder) / "logs", [], **QUIET, max_epochs=epochs)

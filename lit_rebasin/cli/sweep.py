@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lit_rebasin.cli.app import ContinualCLI
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.files import write_whole
 from lit_rebasin.cli.methods import check_methods
@@ -49,9 +50,10 @@ def run_sweep(arguments: Sequence[str]) -> None:
     folder = Path(options.output_dir)
     trials = [Trial(settings, folder / f"trial_{n:03d}") for n, settings in _numbered(options, words, folder)]
     method, failed = options.method, {}
+    per_method = ContinualCLI("benchmark", words).config.per_method
     waiting = [trial for trial in trials if trial.result(method) is None]
     with ThreadPoolExecutor(options.processes) as pool:
-        running = {pool.submit(_run, trial, options, words): trial for trial in waiting}
+        running = {pool.submit(_run, trial, options, words, per_method): trial for trial in waiting}
         console = Console(stderr=True)
         for future in track(as_completed(running), "sweep", total=len(running), console=console):
             if future.result():
@@ -118,7 +120,7 @@ def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tu
     run: dict[str, Any] = {name: getattr(options, name) for name in ("method", "seeds", "validation_fraction")}
     run |= {
         "words": list(words),
-        "files": [Path(word).read_text() for word in words if word.endswith((".yaml", ".yml"))],
+        "files": _texts(words),
     }
     kept: dict[str, Any] = {"run": run, "settings": []}
     if listed.is_file():
@@ -132,17 +134,26 @@ def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tu
     return [(known.index(settings), settings) for settings in wanted]
 
 
-def _run(trial: Trial, options: Namespace, words: Sequence[str]) -> str | None:
+def _run(trial: Trial, options: Namespace, words: Sequence[str], per_method: Mapping[str, Any]) -> str | None:
     """Run a benchmark of one method in a process of its own; return what went wrong, if anything did."""
+    # As settings of the method, which go before all others.
+    own = {**per_method.get(options.method, {}), **{key: _value(text) for key, text in trial.settings.items()}}
     command = [sys.executable, "-m", "lit_rebasin", "benchmark", *words]
     command += ["--methods", options.method, "--seeds", options.seeds, "--output_dir", str(trial.folder), "--overwrite"]
     command += ["--data.validation_fraction", str(options.validation_fraction)]
-    command += [f"--{key}={value}" for key, value in trial.settings.items()]
+    command.append(f"--per_method={json.dumps({**per_method, options.method: own})}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     return lines[-1].removeprefix("lit-rebasin: error: ")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _rows(trials: Sequence[Trial], method: str) -> list[dict[str, Any]]:
@@ -185,6 +196,12 @@ def _write(
         "trials": list(rows),
     }
     _write_json(folder / "sweep.json", kept)
+
+
+def _texts(words: Sequence[str]) -> list[str]:
+    """Return what the configuration files say."""
+    paths = [Path(word.rpartition("=")[2]) for word in words if word.endswith((".yaml", ".yml", ".json"))]
+    return [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
 
 
 def _write_json(path: Path, value: Any) -> None:

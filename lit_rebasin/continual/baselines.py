@@ -11,7 +11,7 @@ from avalanche.benchmarks.utils.data_attribute import TaskLabels
 from avalanche.core import SupervisedPlugin
 from avalanche.models.dynamic_modules import MultiTaskModule
 from avalanche.training.plugins import ReplayPlugin
-from avalanche.training.storage_policy import ExperienceBalancedBuffer
+from avalanche.training.storage_policy import BalancedExemplarsBuffer, ClassBalancedBuffer
 from avalanche.training.supervised import AGEM, DER, ER_ACE, EWC, Cumulative, JointTraining, LwF, Naive
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class _Memory:
 
     total: int
     of_task: int
+    per_class: int
     n_tasks: int
     batch_size: int
 
@@ -46,12 +47,12 @@ def _lwf(memory: _Memory, alpha: float = 1.0, temperature: float = 2.0, **argume
 
 
 def _agem(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
-    return AGEM(patterns_per_exp=memory.of_task, **{"sample_size": memory.batch_size, **arguments})
+    # Avalanche draws sample_size // tasks of each task, which must not come to none.
+    return AGEM(patterns_per_exp=memory.of_task, **{"sample_size": max(64, memory.batch_size), **arguments})
 
 
 def _replay(memory: _Memory, plugins: list[SupervisedPlugin], **arguments: Any) -> SupervisedTemplate:
-    buffer = ExperienceBalancedBuffer(memory.total, adaptive_size=False, num_experiences=memory.n_tasks)
-    return Naive(plugins=[*plugins, ReplayPlugin(memory.total, storage_policy=buffer)], **arguments)
+    return Naive(plugins=[*plugins, ReplayPlugin(memory.total, storage_policy=_Kept(memory))], **arguments)
 
 
 def _der(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
@@ -68,6 +69,21 @@ def _joint(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
 
 def _cumulative(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
     return Cumulative(**arguments)
+
+
+class _Kept(BalancedExemplarsBuffer):
+    """As many examples of each class of each task, drawn by Avalanche's buffer of each class, as our replay keeps."""
+
+    def __init__(self, memory: _Memory) -> None:
+        super().__init__(memory.total, adaptive_size=False, total_num_groups=memory.n_tasks)
+        self.per_class = memory.per_class
+
+    def post_adapt(self, agent: Any, exp: Any) -> None:
+        """Keep examples of an experience."""
+        n_classes = len(exp.dataset.targets.uniques)
+        buffer = ClassBalancedBuffer(self.per_class * n_classes, adaptive_size=False, total_num_classes=n_classes)
+        buffer.update_from_dataset(exp.dataset)
+        self.buffer_groups[len(self.buffer_groups)] = buffer
 
 
 # Name -> what makes the strategy.
@@ -124,7 +140,7 @@ def run_baseline(
     n_tasks = n_tasks or data.n_tasks
     datasets = [_dataset(data, task) for task in range(n_tasks)]
     of_tasks = [data.replay_per_class * len(dataset.targets.uniques) for dataset in datasets]
-    memory = _Memory(sum(of_tasks), max(of_tasks), n_tasks, data.batch_size)
+    memory = _Memory(sum(of_tasks), max(of_tasks), data.replay_per_class, n_tasks, data.batch_size)
     network = model if data.n_heads == 1 else _PerTask(model)
     strategy = _strategy(
         name,
@@ -154,7 +170,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     network = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     sizes = {"train_mb_size": 1, "train_epochs": 1, "device": "cpu"}
-    _strategy(name, _Memory(1, 1, 1, 1), options, model=network, optimizer=optimizer, plugins=[], **sizes)
+    _strategy(name, _Memory(1, 1, 1, 1, 1), options, model=network, optimizer=optimizer, plugins=[], **sizes)
 
 
 def _strategy(name: str, memory: _Memory, options: Mapping[str, Any], **arguments: Any) -> SupervisedTemplate:

@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from lit_rebasin.alignment import SinkhornRebasin, incremental_cost
 from lit_rebasin.continual.classifier import ContinualClassifier
+from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
 from lit_rebasin.symmetry import permutation_spec, permute
+from lit_rebasin.transport.arguments import check_positive
 
 
 class RebasinIL(LightningModule):
@@ -22,7 +24,10 @@ class RebasinIL(LightningModule):
     ``C(1/2 (theta + P theta) + delta)``. The task ends with ``theta <- alpha theta + (1 - alpha) pi_P(theta) + delta``, the permutation hard
     (eq. 12). Defaults are theirs.
 
-    Needs a :class:`~lit_rebasin.ContinualDataModule` in the same Trainer.
+    BatchNorm, of which they say nothing, uses the statistics of the batch while permutations are trained; its running statistics are estimated
+    anew on the last batches of the task.
+
+    Needs a :class:`~lit_rebasin.ContinualDataModule` in the same Trainer. A fit cannot be resumed from a checkpoint after the first task.
 
     Args:
         classifier: The network and the optimizer of the first task.
@@ -32,6 +37,9 @@ class RebasinIL(LightningModule):
         residual_weight_decay: Of ``delta``.
         residual_clip: Largest absolute gradient of an entry of ``delta``.
         seed: Of the logits and ``delta`` at their start.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -46,6 +54,13 @@ class RebasinIL(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is the weight of the network as it is and must lie in [0, 1], got {alpha}.")
+        check_positive(
+            learning_rate=learning_rate, residual_learning_rate=residual_learning_rate, residual_clip=residual_clip
+        )
+        if not residual_weight_decay >= 0:
+            raise ValueError(f"residual_weight_decay must be 0 or more, got {residual_weight_decay}.")
         self.automatic_optimization = False
         self.classifier = classifier
         self.alpha, self.seed, self.residual_clip = alpha, seed, residual_clip
@@ -54,6 +69,7 @@ class RebasinIL(LightningModule):
         self.rebasin: SinkhornRebasin | None = None
         self.residual = nn.ParameterDict()
         self._spec: Any = None
+        self._recent: list[Any] = []  # batches, for the statistics of the merge
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
         """Return the logits of the network as it is."""
@@ -65,7 +81,7 @@ class RebasinIL(LightningModule):
         if data.task == 0:
             return self.classifier.configure_optimizers()
         if self._spec is None:
-            self._spec = permutation_spec(self.classifier, _example(data, self.device))
+            self._spec = permutation_spec(self.classifier, *_example(data, self.device))
         seed = self.seed + data.task
         generator = torch.Generator().manual_seed(seed)
         self.rebasin = SinkhornRebasin(self._spec, sharpness=1.0, noise=0.1, seed=seed).to(self.device)
@@ -94,12 +110,21 @@ class RebasinIL(LightningModule):
             optimizer.step()
         self.log("train_loss", loss, prog_bar=True)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that this module has no place for."""
+        if any(name.startswith(("rebasin.", "residual.")) for name in checkpoint["state_dict"]):
+            raise RuntimeError("RebasinIL cannot go on from a checkpoint after the first task: begin the stream again.")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Merge at the end of a task, before its validation."""
+        self._recent = [*self._recent[-9:], batch]
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         ends = self.trainer.is_last_batch and (self.trainer.current_epoch + 1) % data.epochs_per_task == 0
         if ends and self.rebasin is not None:
             self._merge(self.rebasin)
+            if has_batch_norm(self.classifier):
+                reestimate_batch_norm(self.classifier, self._run, self._recent)
+            self._recent = []
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy on one task of the stream."""
@@ -108,14 +133,21 @@ class RebasinIL(LightningModule):
         self.log("val_loss", cross_entropy(logits, y), batch_size=len(y))
         self.log("val_acc", self.classifier.accuracy(logits, y), batch_size=len(y))
 
+    def _run(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return self(batch[0], batch[2])
+
     def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x, y, task = batch
         if self.rebasin is None:
             return cross_entropy(self(x, task), y)
         fixed = {name: tensor.detach() for name, tensor in self._weights().items()}
 
+        buffers = {name for name, _ in self.classifier.named_buffers()}
+
         def loss(weights: Mapping[str, Tensor]) -> Tensor:
-            return cross_entropy(functional_call(self.classifier, dict(weights), (x, task)), y)
+            # BatchNorm writes to its buffers, and takes none that carry a gradient: it must get copies.
+            given = {name: t.detach().clone() if name in buffers else t for name, t in weights.items()}
+            return cross_entropy(functional_call(self.classifier, given, (x, task)), y)
 
         return incremental_cost(self.rebasin(fixed), fixed, loss, 0.5, self._residual())
 
@@ -135,9 +167,14 @@ class RebasinIL(LightningModule):
         return {name: self.residual[_key(name)] for name, _ in self.classifier.named_parameters()}
 
 
-def _example(data: Any, device: torch.device) -> Any:
+def check_rebasin_il(options: Mapping[str, Any]) -> None:
+    """Raise what :class:`RebasinIL` raises for arguments that it does not take, before there is a network."""
+    RebasinIL(ContinualClassifier(nn.Identity()), **options)
+
+
+def _example(data: Any, device: torch.device) -> list[Tensor]:
     x = torch.zeros(2, *data.input_shape, device=device)
-    return x if data.n_heads == 1 else (x, torch.zeros(2, dtype=torch.long, device=device))
+    return [x] if data.n_heads == 1 else [x, torch.zeros(2, dtype=torch.long, device=device)]
 
 
 def _key(name: str) -> str:

@@ -84,7 +84,7 @@ class ContinualAccuracy(Metric):
         if ax is None:
             figure = Figure(layout="constrained")
             ax = figure.subplots()
-        heat_map(ax, (self.compute() if val is None else val).cpu())
+        heat_map(ax, (self.compute() if val is None else val).cpu().reshape(self.n_tasks, self.n_tasks))
         ax.set_ylabel("task trained")
         return figure, ax
 

@@ -1,6 +1,7 @@
 """MC-SGD against its formula, written out without the project's code."""
 
 import copy
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -19,9 +20,10 @@ def network():
     return ContinualClassifier(body, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
 
 
-def fit(callback, tasks=2, also=(), model=None, **options):
+def fit(callback, tasks=2, also=(), model=None, scenario="domain", **options):
     options = {"n_tasks": 3, "epochs_per_task": 2, "replay_per_class": 2, **options}
     data = ContinualDataModule("rotated-digits", **options)
+    data.stream = replace(data.stream, scenario=scenario)
     data.mixes_replay = False
     trainer = pl.Trainer(
         max_epochs=2 * tasks,
@@ -125,3 +127,23 @@ def test_wrong_arguments(wrong):
 def test_it_needs_kept_examples():
     with pytest.raises(Exception, match="needs a datamodule that keeps examples"):
         fit(ModeConnectivity(), replay_per_class=0)
+
+
+def test_a_new_head_is_taken_as_it_was_trained():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU())
+    trained = Trained()
+    model = ContinualClassifier(body, n_features=12, n_heads=3)
+    fit(ModeConnectivity(learning_rate=1e-9), model=model, also=[trained], scenario="task")
+    torch.testing.assert_close(model.heads[1].weight, trained.networks[1].heads[1].weight)
+    previous, new = (one.backbone[1].weight for one in trained.networks)
+    torch.testing.assert_close(model.backbone[1].weight, 0.9 * previous + 0.1 * new)
+
+
+def test_batch_norm_gets_statistics_of_old_and_new_examples():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))
+    _model, data = fit(ModeConnectivity(batch_size=1000), model=ContinualClassifier(body))
+    with torch.no_grad():
+        old, new = (body[1](body[0](part[0])).mean(0) for part in (data.kept_examples(1), _permuted(data)))
+    torch.testing.assert_close(body[2].running_mean, (old + new) / 2, rtol=1e-3, atol=1e-4)

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from lit_rebasin.callbacks import ModeConnectivity, RebasinMerge
 from lit_rebasin.cli import main
+from lit_rebasin.cli.app import ContinualCLI, build_run
 from lit_rebasin.cli.methods import METHODS, names_of
 
 SMALL = [
@@ -88,14 +90,14 @@ def test_what_differs_for_a_method(tmp_path):
         ("magic: {}", "there is no method 'magic'"),
         (
             "rebasin: {alpha: 0.5}",
-            "there is no key 'alpha'; name a key of the configuration in full, as in merge.alpha",
+            "there is no key 'alpha'; name it in full, as in merge.alpha",
         ),
         ("rebasin: {merge.alpha: 2}", "per_method of 'rebasin'"),
         ("ewc: {lamda: 1}", "per_method of 'ewc': Avalanche's strategy for 'ewc' does not take these options"),
-        (
-            "mc-sgd: {stepps: 1}",
-            "there is no key 'stepps'; name a key of the configuration in full, as in merge.alpha, or one of start",
-        ),
+        ("mc-sgd: {stepps: 1}", "unexpected keyword argument 'stepps'"),
+        ("mc-sgd: {points: 0}", "per_method of 'mc-sgd': points"),
+        ("rebasin: {data.n_tasks: 2}", "data.n_tasks is the same for all methods of a benchmark; set it outside"),
+        ("rebasin: {data.replay_per_class: 0}", "method 'rebasin' replays examples"),
     ],
 )
 def test_wrong_settings_of_a_method_are_refused_before_any_run(line, message, tmp_path, capsys):
@@ -105,6 +107,59 @@ def test_wrong_settings_of_a_method_are_refused_before_any_run(line, message, tm
     assert code != 0
     assert found is None
     assert message in capsys.readouterr().err
+
+
+def built(tmp_path, method, *words):
+    cli = ContinualCLI("benchmark", [*SMALL[1:], *words])
+    return build_run(cli.for_method(method), method, 0, tmp_path, [])
+
+
+def merges(run):
+    return [one for one in run.trainer.callbacks if isinstance(one, RebasinMerge | ModeConnectivity)]
+
+
+def test_what_each_of_our_methods_is_made_of(tmp_path):
+    words = ["--merge.alpha=0.9", "--merge.start=fresh", "--merge.statistics=none", "--merge.method=frank-wolfe"]
+    (clewi,) = merges(built(tmp_path, "clewi", *words))
+    kept = (
+        clewi.settings.alpha,
+        clewi.settings.method,
+        clewi.settings.statistics,
+        clewi.settings.start,
+        clewi.examples,
+    )
+    assert kept == (0.5, "activations", "reestimate", "previous", "kept")
+    (average,) = merges(built(tmp_path, "average", *words))
+    assert (average.settings.method, average.settings.alpha, average.settings.start) == ("identity", 0.9, "fresh")
+    (rebasin,) = merges(built(tmp_path, "rebasin", *words))
+    assert (rebasin.settings.method, rebasin.settings.alpha, rebasin.settings.start) == ("frank-wolfe", 0.9, "fresh")
+    own = 'per_method={"mc-sgd": {"points": 3}, "rebasin-il": {"alpha": 0.6}, "clewi": {"merge.alpha": 0.4}}'
+    run = built(tmp_path, "mc-sgd", f"--{own}")
+    assert merges(run)[0].points == 3
+    assert run.data.mixes_replay is False
+    run = built(tmp_path, "rebasin-il", f"--{own}")
+    assert (run.model.alpha, run.data.mixes_replay) == (0.6, True)
+    assert not merges(run)
+    assert merges(built(tmp_path, "clewi", f"--{own}"))[0].settings.alpha == 0.4
+
+
+def test_long_values_of_a_method_are_read_whole(tmp_path):
+    options = {"steps": 3, "learning_rate": 0.125, "sharpness": 2.5, "noise": 0.0625, "residual_learning_rate": 0.03125}
+    own = {"rebasin": {"merge.method": "sinkhorn", "merge.options": options}}
+    (merge,) = merges(built(tmp_path, "rebasin", f"--per_method={json.dumps(own)}"))
+    assert {name: merge.settings.options[name] for name in options} == options
+
+
+def test_arguments_that_avalanches_loops_do_not_heed_are_refused(tmp_path, capsys):
+    code, _ = run(tmp_path / "out", "--methods", "replay,average", "--trainer.limit_train_batches=2")
+    assert code == 2
+    assert "trainer.limit_train_batches 2 would not concern the methods that Avalanche runs" in capsys.readouterr().err
+
+
+def test_clewi_is_not_trained_in_parallel(tmp_path, capsys):
+    code, _ = run(tmp_path / "out", "--methods", "clewi", "--merge.start=fresh", "--parallel_tasks=2")
+    assert code == 2
+    assert "trains the tasks of 'clewi' apart" in capsys.readouterr().err
 
 
 def test_fit_names_what_it_cannot_run(tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_trials_are_listed_by_accuracy_and_not_run_again(tmp_path, capsys):
 def test_a_draw_of_the_combinations_is_the_same_each_time(tmp_path, monkeypatch):
     seen = []
 
-    def listed(trial, options, words):
+    def listed(trial, options, words, per_method):
         seen.append(trial.name)
 
     monkeypatch.setattr("lit_rebasin.cli.sweep._run", listed)
@@ -88,3 +88,24 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, caps
     assert sweep(tmp_path, "--vary", "merge.alpha=0.1") == 0
     assert sweep(tmp_path, "--vary", "merge.alpha=0.1", "--seeds", "7") == 2
     assert "holds trials of a sweep with other seeds" in capsys.readouterr().err
+
+
+def test_what_is_varied_goes_before_what_makes_a_method_and_what_the_file_says_of_it(tmp_path):
+    (tmp_path / "c.yaml").write_text("per_method:\n  clewi: {merge.alpha: 0.5, data.replay_per_class: 3}\n")
+    words = [f"--config={tmp_path / 'c.yaml'}", "--method", "clewi", "--vary", "merge.alpha=0.0,1.0"]
+    assert sweep(tmp_path / "out", *words) == 0
+    configs = [(tmp_path / "out" / f"trial_{n:03d}" / "clewi" / "seed_100" / "config.yaml").read_text() for n in (0, 1)]
+    assert ["alpha: 0.0" in text for text in configs] == [True, False]
+    assert ["alpha: 1.0" in text for text in configs] == [False, True]
+    assert all("replay_per_class: 3" in text and "method: activations" in text for text in configs)
+
+
+def test_an_argument_of_a_strategy_is_varied(tmp_path):
+    assert sweep(tmp_path, "--method", "ewc", "--vary", "ewc_lambda=0,1e6") == 0
+    kept = json.loads((tmp_path / "sweep.json").read_text())["trials"]
+    assert kept[0]["accuracy"] != kept[1]["accuracy"]
+
+
+def test_test_data_cannot_be_varied_in(tmp_path, capsys):
+    assert sweep(tmp_path, "--vary", "data.validation_fraction=0.0") == 1
+    assert "data.validation_fraction is the same for all methods" in capsys.readouterr().err

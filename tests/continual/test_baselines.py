@@ -3,7 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
 from avalanche.models import SimpleMLP
+from avalanche.training.plugins import AGEMPlugin, ReplayPlugin
 from torch import nn
 
 from lit_rebasin.cli.methods import METHODS
@@ -107,6 +109,57 @@ def test_only_the_first_tasks_and_held_back_data():
     assert seen[0][0][1].isnan().all()
     sizes = {len(batch[1]) for loader in data.val_dataloader() for batch in loader}
     assert sizes == {round(0.25 * data.stream.n_train(0))}
+
+
+def made(monkeypatch, name, **options):
+    """Return the strategy that a run makes, after the run, and the optimizer states that its tasks begin with."""
+    seen, begun = [], []
+    build = BASELINES[name]
+
+    def spied(memory, **arguments):
+        class Watch(SupervisedPlugin):
+            def before_training_exp(self, strategy, **kwargs):
+                begun.append(len(strategy.optimizer.state))
+
+        strategy = build(memory, **{**arguments, "plugins": [*arguments["plugins"], Watch()]})
+        seen.append(strategy)
+        return strategy
+
+    monkeypatch.setitem(BASELINES, name, spied)
+    data = stream(**options)
+    run_baseline(name, network(data), data)
+    return seen[0], begun
+
+
+def test_the_same_conditions_as_ours(monkeypatch):
+    for name in BASELINES:
+        strategy, begun = made(monkeypatch, name, batch_size=32, epochs_per_task=2)
+        assert (strategy.train_mb_size, strategy.train_epochs) == (32, 2), name
+        assert set(begun) == {0}, f"{name} goes on with the optimizer's moments"
+        assert isinstance(strategy.optimizer, torch.optim.AdamW)
+
+
+def test_memories_are_as_large_as_ours(monkeypatch):
+    data = stream()
+    ours = len(data.kept_examples(3)[1])
+    assert ours == 3 * 10 * 3
+    replay, _ = made(monkeypatch, "replay")
+    (plugin,) = [one for one in replay.plugins if isinstance(one, ReplayPlugin)]
+    kept = plugin.storage_policy.buffer
+    assert len(kept) == ours
+    for group in plugin.storage_policy.buffer_groups.values():
+        assert torch.tensor([int(y) for y in group.buffer.targets]).bincount(minlength=10).tolist() == [3] * 10
+    for name in ("der", "er-ace"):
+        strategy, _ = made(monkeypatch, name)
+        assert len(strategy.storage_policy.buffer) == ours, name
+    agem, _ = made(monkeypatch, "agem")
+    (plugin,) = [one for one in agem.plugins if isinstance(one, AGEMPlugin)]
+    assert [len(buffer) for buffer in plugin.buffers] == [30, 30, 30]
+
+
+def test_agem_with_batches_smaller_than_the_number_of_tasks():
+    data = stream(n_tasks=6, epochs_per_task=1, batch_size=4)
+    assert run_baseline("agem", network(data), data).shape == (6, 6)
 
 
 def test_epochs_are_reported():

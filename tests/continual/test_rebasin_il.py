@@ -1,6 +1,7 @@
 """RebasinIL against its formulas, written out without the project's code."""
 
 import copy
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -21,8 +22,8 @@ def network(seed=0):
     return ContinualClassifier(body)
 
 
-def fit(model, tasks=2, callbacks=(), **options):
-    data = ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=2, replay_per_class=2, **options)
+def fit(model, tasks=2, callbacks=(), data=None, ckpt_path=None):
+    data = data or ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=2, replay_per_class=2)
     trainer = pl.Trainer(
         max_epochs=2 * tasks,
         reload_dataloaders_every_n_epochs=1,
@@ -35,7 +36,8 @@ def fit(model, tasks=2, callbacks=(), **options):
         accelerator="cpu",
         num_sanity_val_steps=0,
     )
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    model.last_trainer = trainer
     return model
 
 
@@ -132,3 +134,41 @@ def test_without_permutations_to_find_it_says_so():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="no permutation group"):
         fit(RebasinIL(ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))))
+
+
+def test_batch_norm_gets_statistics_of_the_merge():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10))
+    watch = Watch()
+    fit(RebasinIL(ContinualClassifier(body)), tasks=3, callbacks=[watch])
+    recent = [batch for *_, batch in watch.seen[-10:]]
+    with torch.no_grad():
+        means = torch.stack([body[1](body[0](x)).mean(0) for x, _, _ in recent])
+    torch.testing.assert_close(body[2].running_mean, means.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_a_task():
+    data = ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=2, replay_per_class=2)
+    data.stream = replace(data.stream, scenario="task")
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, HIDDEN), nn.ReLU())
+    model = RebasinIL(ContinualClassifier(body, n_features=HIDDEN, n_heads=3))
+    before = body[1].weight.detach().clone()
+    fit(model, tasks=3, data=data)
+    assert not torch.equal(body[1].weight, before)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_going_on_from_a_checkpoint_is_refused(tmp_path):
+    model = fit(RebasinIL(network()))
+    model.last_trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(RuntimeError, match="cannot go on from a checkpoint after the first task"):
+        fit(RebasinIL(network()), tasks=3, ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 2}, {"learning_rate": 0}, {"residual_clip": 0}, {"residual_weight_decay": -1}]
+)
+def test_wrong_arguments(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RebasinIL(network(), **wrong)

@@ -86,6 +86,9 @@ def test_plots():
     figure, axes = metric.plot()
     figure.savefig(io.BytesIO())
     assert [text.get_text() for text in axes.texts][:3] == ["90", "10", "20"]
+    single = ContinualAccuracy(1)
+    single.update(torch.zeros(2).long(), torch.zeros(2).long(), 0, 0)
+    assert [text.get_text() for text in single.plot()[1].texts] == ["100"]
     given = Figure().subplots()
     assert metric.plot(ax=given) == (None, given)
     _, axes = accuracies(Forgetting(3), MATRIX).plot()
