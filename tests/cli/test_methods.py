@@ -168,6 +168,7 @@ def test_fit_names_what_it_cannot_run(tmp_path, capsys):
     assert "'ewc' is for benchmark; choose from finetune, replay, average, rebasin" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tasks_in_parallel_give_the_figures_of_tasks_in_turn(tmp_path):
     words = ["--methods", "average,rebasin", "--merge.start=fresh", "--model.backbone.drop_rate=0"]
     found = [run(tmp_path / str(n), *words, f"--parallel_tasks={n}", "--threads=1")[1]["methods"] for n in (1, 2)]

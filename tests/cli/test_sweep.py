@@ -20,6 +20,7 @@ def sweep(folder, *words):
     return main(["sweep", *SMALL, "--output_dir", str(folder), *words])
 
 
+@pytest.mark.slow
 def test_trials_are_listed_by_accuracy_and_not_run_again(tmp_path, capsys):
     vary = ["--vary", "merge.alpha=0.1,0.9", "--seeds", "100,101", "--processes", "2"]
     assert sweep(tmp_path, *vary) == 0
@@ -90,6 +91,7 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, caps
     assert "holds trials of a sweep with other seeds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_varied_goes_before_what_makes_a_method_and_what_the_file_says_of_it(tmp_path):
     (tmp_path / "c.yaml").write_text("per_method:\n  clewi: {merge.alpha: 0.5, data.replay_per_class: 3}\n")
     words = [f"--config={tmp_path / 'c.yaml'}", "--method", "clewi", "--vary", "merge.alpha=0.0,1.0"]
@@ -100,6 +102,7 @@ def test_what_is_varied_goes_before_what_makes_a_method_and_what_the_file_says_o
     assert all("replay_per_class: 3" in text and "method: activations" in text for text in configs)
 
 
+@pytest.mark.slow
 def test_an_argument_of_a_strategy_is_varied(tmp_path):
     assert sweep(tmp_path, "--method", "ewc", "--vary", "ewc_lambda=0,1e6") == 0
     kept = json.loads((tmp_path / "sweep.json").read_text())["trials"]
