@@ -38,6 +38,10 @@ class ModeConnectivity(Callback):
         epochs: Passes over the kept examples.
         batch_size: Examples of each of the two losses in a step.
         seed: Of the batches.
+
+    Raises:
+        ValueError: If a number is out of range.
+        MisconfigurationException: In ``fit``, if the datamodule keeps no examples.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class ModeConnectivity(Callback):
         before = self.previous or self._initial
         self.previous = {name: tensor.detach().cpu().clone() for name, tensor in weights_of(pl_module).items()}
         self._learned |= {name for name, tensor in self.previous.items() if not torch.equal(tensor, before[name].cpu())}
+        self._initial = {}
         self.n_tasks += 1
 
     @override

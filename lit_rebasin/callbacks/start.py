@@ -1,11 +1,11 @@
 """From which weights a task begins."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lit_rebasin.alignment import interpolate
 from lit_rebasin.merging.path import weights_of, write_weights
 
 Start = Literal["previous", "fresh", "perturbed"]
@@ -47,11 +47,5 @@ def begin(module: nn.Module, start: Start, seed: int) -> dict[str, Tensor]:
             if not parameter.requires_grad:
                 parameter.copy_(previous[name])
     if start == "perturbed":
-        write_weights(module, _halved(previous, weights_of(module)))
+        write_weights(module, interpolate(previous, weights_of(module), 0.5))
     return {name: tensor.clone() for name, tensor in weights_of(module).items()}
-
-
-def _halved(previous: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: (previous[name] + tensor) / 2 if tensor.is_floating_point() else tensor for name, tensor in fresh.items()
-    }

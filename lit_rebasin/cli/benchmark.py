@@ -14,6 +14,7 @@ from typing_extensions import override
 from lit_rebasin.callbacks import ModeConnectivity
 from lit_rebasin.callbacks.report import log_accuracies
 from lit_rebasin.cli.app import (
+    QUIET,
     ContinualCLI,
     Run,
     build_run,
@@ -38,12 +39,6 @@ PROTOCOL = (
     *(f"data.{name}" for name in ("benchmark", "n_tasks", "scenario", "data_dir", "validation_fraction", "seed")),
     "data_dir",
 )
-QUIET = {
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:
@@ -61,9 +56,10 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
         What ``results.json`` holds.
     """
     methods, seeds = _methods(cli.config.methods), _seeds(cli.config.seeds)
-    check_methods(methods, cli.config.data.replay_per_class, "benchmark")
-    if cli.config.per_method:
-        check_methods(list(cli.config.per_method), 1, "benchmark")
+    for names in (methods, [*methods, *cli.config.per_method]):
+        check_methods(names, 1, "benchmark")
+    if cli.config.parallel_tasks < 1:
+        raise UsageError(f"parallel_tasks must be at least 1, got {cli.config.parallel_tasks}")
     configured = {method: cli.for_method(method) for method in methods}
     for method, own in configured.items():
         check_trainer(vars(own.config.trainer), own.config.data.epochs_per_task)

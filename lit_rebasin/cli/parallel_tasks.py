@@ -15,18 +15,10 @@ from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.callbacks.report import log_accuracies, log_merge
 from lit_rebasin.callbacks.start import begin
 from lit_rebasin.callbacks.step_loss import StepLoss
-from lit_rebasin.cli.app import ContinualCLI, Run, build_run, hush, merge_settings
+from lit_rebasin.cli.app import QUIET, ContinualCLI, Run, build_run, hush, merge_settings
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.continual.evaluate import evaluate
 from lit_rebasin.metrics import ContinualAccuracy
-
-QUIET: dict[str, Any] = {
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "num_sanity_val_steps": 0,
-    "limit_val_batches": 0,
-}
 
 
 def check_parallel(cli: ContinualCLI, method: str) -> None:
@@ -70,7 +62,7 @@ def _train(arguments: tuple[list[str], str, int, int, str, int | None]) -> None:
     hush()
     cli = ContinualCLI("benchmark", words)
     epochs = cli.config.data.epochs_per_task
-    run = build_run(cli, method, seed, Path(folder) / "logs", [], **QUIET, max_epochs=epochs)
+    run = build_run(cli, method, seed, Path(folder) / "logs", [], **QUIET, limit_val_batches=0, max_epochs=epochs)
     trainer = run.trainer
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, RebasinMerge | type(run.monitor))]  # type: ignore[attr-defined]
     trainer.loggers = []

@@ -124,12 +124,12 @@ def _stream(results: dict[str, Any]) -> str:
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     for method, found in results["methods"].items():
-        cells = [_cell(found[key], 1 if key == "seconds" else 100) for key in COLUMNS]
+        cells = [cell(found[key], 1 if key == "seconds" else 100) for key in COLUMNS]
         rows.append([method, *cells])
     return rows
 
 
-def _cell(values: list[float | None], scale: float) -> str:
+def cell(values: list[float | None], scale: float) -> str:
     """Return mean and standard deviation; a dash for what was not measured, such as the forgetting of joint training."""
     numbers = [value for value in values if value is not None]
     if not numbers:

@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lit_rebasin.cli.app import ContinualCLI
+from lit_rebasin.cli.app import ContinualCLI, hush
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.files import write_whole
 from lit_rebasin.cli.methods import check_methods
+from lit_rebasin.cli.report import cell, write_text
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Trial:
 
 def run_sweep(arguments: Sequence[str]) -> None:
     """Run a method with every choice of settings that is not finished yet, several at a time, and print the table."""
+    hush()
     options, words = _parse(arguments)
+    per_method = ContinualCLI("benchmark", words).config.per_method
     folder = Path(options.output_dir)
     trials = [Trial(settings, folder / f"trial_{n:03d}") for n, settings in _numbered(options, words, folder)]
     method, failed = options.method, {}
-    per_method = ContinualCLI("benchmark", words).config.per_method
     waiting = [trial for trial in trials if trial.result(method) is None]
     with ThreadPoolExecutor(options.processes) as pool:
         running = {pool.submit(_run, trial, options, words, per_method): trial for trial in waiting}
@@ -118,10 +119,7 @@ def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tu
     """Give every choice of settings a number, that which it has had in the folder before, if any."""
     listed = folder / "trials.json"
     run: dict[str, Any] = {name: getattr(options, name) for name in ("method", "seeds", "validation_fraction")}
-    run |= {
-        "words": list(words),
-        "files": _texts(words),
-    }
+    run |= {"words": list(words), "files": _texts(words)}
     kept: dict[str, Any] = {"run": run, "settings": []}
     if listed.is_file():
         kept = json.loads(listed.read_text(encoding="utf-8"))
@@ -173,15 +171,8 @@ def _table(rows: Sequence[Mapping[str, Any]], method: str) -> Table:
     for header in ("avg accuracy %", "forgetting %"):
         table.add_column(header, justify="right")
     for row in rows:
-        table.add_row(*row["settings"].values(), _cell(row["accuracy"]), _cell(row["forgetting"]))
+        table.add_row(*row["settings"].values(), cell(row["accuracy"], 100), cell(row["forgetting"], 100))
     return table
-
-
-def _cell(values: Sequence[float | None]) -> str:
-    numbers = [100 * value for value in values if value is not None]
-    if not numbers:
-        return "-"
-    return f"{mean(numbers):.1f}" + (f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else "")
 
 
 def _write(
@@ -205,5 +196,4 @@ def _texts(words: Sequence[str]) -> list[str]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=1) + "\n")

@@ -34,16 +34,8 @@ class _Memory:
     batch_size: int
 
 
-def _naive(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
-    return Naive(**arguments)
-
-
-def _ewc(memory: _Memory, ewc_lambda: float = 1.0, **arguments: Any) -> SupervisedTemplate:
-    return EWC(ewc_lambda=ewc_lambda, **arguments)
-
-
-def _lwf(memory: _Memory, alpha: float = 1.0, temperature: float = 2.0, **arguments: Any) -> SupervisedTemplate:
-    return LwF(alpha=alpha, temperature=temperature, **arguments)
+def _without_memory(kind: type[SupervisedTemplate], **defaults: Any) -> Callable[..., SupervisedTemplate]:
+    return lambda memory, **arguments: kind(**{**defaults, **arguments})
 
 
 def _agem(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
@@ -63,14 +55,6 @@ def _er_ace(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
     return ER_ACE(mem_size=memory.total, **{"batch_size_mem": min(memory.batch_size, memory.total), **arguments})
 
 
-def _joint(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
-    return JointTraining(**arguments)
-
-
-def _cumulative(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
-    return Cumulative(**arguments)
-
-
 class _Kept(BalancedExemplarsBuffer):
     """As many examples of each class of each task, drawn by Avalanche's buffer of each class, as our replay keeps."""
 
@@ -88,15 +72,15 @@ class _Kept(BalancedExemplarsBuffer):
 
 # Name -> what makes the strategy.
 BASELINES: dict[str, Callable[..., SupervisedTemplate]] = {
-    "finetune": _naive,
-    "ewc": _ewc,
-    "lwf": _lwf,
+    "finetune": _without_memory(Naive),
+    "ewc": _without_memory(EWC, ewc_lambda=1.0),
+    "lwf": _without_memory(LwF, alpha=1.0, temperature=2.0),
     "agem": _agem,
     "replay": _replay,
     "der": _der,
     "er-ace": _er_ace,
-    "joint": _joint,
-    "cumulative": _cumulative,
+    "joint": _without_memory(JointTraining),
+    "cumulative": _without_memory(Cumulative),
 }
 
 ONE_HEAD = ("der",)

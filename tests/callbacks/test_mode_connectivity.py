@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -12,6 +11,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lit_rebasin import ContinualClassifier, ContinualDataModule, ModeConnectivity
+
+from .user_code import make_trainer
 
 
 def network():
@@ -25,16 +26,13 @@ def fit(callback, tasks=2, also=(), model=None, scenario="domain", **options):
     data = ContinualDataModule("rotated-digits", **options)
     data.stream = replace(data.stream, scenario=scenario)
     data.mixes_replay = False
-    trainer = pl.Trainer(
+    trainer = make_trainer(
+        None,
+        *also,
+        callback,
         max_epochs=2 * tasks,
         reload_dataloaders_every_n_epochs=1,
         check_val_every_n_epoch=2,
-        callbacks=[*also, callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
         num_sanity_val_steps=0,
     )
     model = model or network()

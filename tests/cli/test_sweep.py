@@ -76,6 +76,7 @@ def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
         (["--vary", "a=1", "--methods", "replay"], "sweep has no option --methods"),
         (["--vary", "a=1", "--processes", "0"], "--processes and --trials must be at least 1"),
         (["--vary", "a=1", "--method", "magic"], "there is no method 'magic'"),
+        (["--vary", "a=1", "--data.n_taskz", "3"], "data.n_taskz"),
     ],
 )
 def test_errors(words, message, tmp_path, capsys):

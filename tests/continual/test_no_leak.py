@@ -11,6 +11,8 @@ from lit_rebasin import ContinualClassifier, ContinualDataModule, ContinualMonit
 from lit_rebasin.continual import RebasinIL
 from lit_rebasin.continual.baselines import BASELINES, run_baseline
 
+from .walk import walk
+
 OURS = {
     "rebasin": lambda: [RebasinMerge(alpha="line-search", statistics="repair", start="fresh")],
     "fisher": lambda: [RebasinMerge(alpha="fisher", method="covariance")],
@@ -42,18 +44,7 @@ def train(name, poisoned):
         return model, run_baseline(name, model, data), []
     model = RebasinIL(model) if name == "rebasin-il" else model
     callbacks, monitor = OURS[name](), ContinualMonitor()
-    trainer = pl.Trainer(
-        max_epochs=3,
-        reload_dataloaders_every_n_epochs=1,
-        callbacks=[*callbacks, monitor],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, datamodule=data)
+    walk(model, data, *callbacks, monitor, tasks=3)
     history = getattr(callbacks[0], "history", []) if callbacks else []
     return model, monitor.matrix, [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
 

@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -12,6 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
+
+from .walk import walk
 
 HIDDEN = 12
 
@@ -24,20 +25,7 @@ def network(seed=0):
 
 def fit(model, tasks=2, callbacks=(), data=None, ckpt_path=None):
     data = data or ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=2, replay_per_class=2)
-    trainer = pl.Trainer(
-        max_epochs=2 * tasks,
-        reload_dataloaders_every_n_epochs=1,
-        check_val_every_n_epoch=2,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
-    model.last_trainer = trainer
+    model.last_trainer = walk(model, data, *callbacks, tasks=tasks, ckpt_path=ckpt_path)
     return model
 
 
