@@ -39,6 +39,7 @@ PROTOCOL = (
     *(f"data.{name}" for name in ("benchmark", "n_tasks", "scenario", "data_dir", "validation_fraction", "seed")),
     "data_dir",
 )
+LOSS = ("model.weighting", "model.distillation")  # of our own training step
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:
@@ -130,6 +131,10 @@ def _check_options(method: str, cli: ContinualCLI) -> None:
         if key in PROTOCOL or key.startswith("trainer."):
             raise UsageError(
                 f"per_method of {method!r}: {key} is the same for all methods of a benchmark; set it outside"
+            )
+        if METHODS[method].baseline and key in LOSS:
+            raise UsageError(
+                f"per_method of {method!r}: {key} would not concern a method that Avalanche runs; leave it out"
             )
     options = cli.strategy_options(method)
     check = {"rebasin-il": check_rebasin_il, "mc-sgd": _check_mc_sgd}.get(method)

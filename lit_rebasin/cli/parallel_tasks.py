@@ -29,6 +29,11 @@ def check_parallel(cli: ContinualCLI, method: str) -> None:
             f"--parallel_tasks trains the tasks of {method!r} apart from each other, which needs --merge.start fresh and "
             "merge.examples training"
         )
+    if cli.config.model.distillation:
+        raise UsageError(
+            f"--parallel_tasks trains the tasks of {method!r} apart from each other, so there is no network after the last task: set "
+            "model.distillation to 0"
+        )
 
 
 def run_in_parallel(

@@ -1,13 +1,17 @@
 """A LightningModule for the common case: classify images, task after task."""
 
-from typing import Any
+import copy
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics.classification import MulticlassAccuracy
+
+LARGEST_SHARE = 0.5  # of the second example in a mixture of two
 
 
 class ContinualClassifier(LightningModule):
@@ -22,10 +26,20 @@ class ContinualClassifier(LightningModule):
         n_features: Width of the backbone's output. ``None``: the backbone ends in logits, and there is no head of ours.
         n_heads: 1, or the number of tasks for a head a task (then ``n_features`` is needed).
         optimizer: Makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
+        weighting: ``"examples"``: the loss is the mean over the batch. ``"tasks"``: in the t-th task the new examples of a batch weigh ``1/t``
+            in all and the replayed ones ``(t-1)/t``, as if every task had brought as many.
+        distillation: Weight of the mean squared difference between the logits and those of the network as it was after the last task, over
+            the replayed examples and as many mixtures of two of them. 0 for none. As in dark experience replay (Buzzega et al., NeurIPS 2020),
+            but that no logits are stored, so that mixtures have some, too.
 
     Raises:
-        ValueError: If ``n_classes`` or ``n_heads`` is below 1, or several heads are asked for without ``n_features``.
+        ValueError: If ``n_classes`` or ``n_heads`` is below 1, a number is out of range, or several heads are asked for without
+            ``n_features``.
+        MisconfigurationException: In ``fit``, if there is distillation and the datamodule has no tasks.
     """
+
+    _teacher: "ContinualClassifier | None" = None  # the network after the last task
+    _taught: int = 0  # the task that it teaches
 
     def __init__(
         self,
@@ -35,6 +49,8 @@ class ContinualClassifier(LightningModule):
         n_features: int | None = None,
         n_heads: int = 1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
+        weighting: Literal["examples", "tasks"] = "examples",
+        distillation: float = 0.0,
     ) -> None:
         super().__init__()
         if n_classes < 1 or n_heads < 1:
@@ -44,7 +60,13 @@ class ContinualClassifier(LightningModule):
                 f"n_heads={n_heads} needs n_features, the width of the backbone's output that every head reads: "
                 "pass a backbone without its last layer and n_features=<its width>."
             )
+        if weighting not in ("examples", "tasks"):
+            raise ValueError(f"weighting must be 'examples' or 'tasks', got {weighting!r}.")
+        if not 0 <= distillation < float("inf"):
+            raise ValueError(f"distillation must be a number of at least 0, got {distillation}.")
         self.save_hyperparameters(ignore=["backbone", "optimizer"])
+        self.weighting, self.distillation = weighting, distillation
+        self._forget_teacher()
         self.backbone = backbone
         heads = [] if n_features is None else [nn.Linear(n_features, n_classes) for _ in range(n_heads)]
         self.heads = nn.ModuleList(heads)
@@ -81,11 +103,31 @@ class ContinualClassifier(LightningModule):
             )
         return output
 
+    def on_fit_start(self) -> None:
+        """Refuse a datamodule without tasks, if the network after the last one is needed."""
+        if self.distillation and not hasattr(self._data(), "task"):
+            raise MisconfigurationException(
+                f"ContinualClassifier(distillation={self.distillation}) needs a datamodule with tasks, such as ContinualDataModule."
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Keep a copy of the network as it is when a task begins."""
+        if not self.distillation or self._data().task == self._taught:
+            return
+        self._forget_teacher()
+        if self._data().task > self._data().first_task:
+            self._teach(copy.deepcopy(self))
+        self._taught = self._data().task
+
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross-entropy of a batch ``(x, y, task)``."""
+        """Return the loss of a batch ``(x, y, task)``: cross-entropy, and how far the network is from the one after the last task."""
         x, y, task = batch
         logits = self(x, task)
-        loss = cross_entropy(logits, y)
+        losses = cross_entropy(logits, y, reduction="none")
+        loss = losses.mean() if self.weighting == "examples" else (_shares_of_tasks(task, losses) * losses).sum()
+        # A merge evaluates this step on weights of its own, and asks for the loss of the labels alone.
+        if self._teacher is not None and self.training:
+            loss = loss + self.distillation * self._distance_to_teacher(x, task, logits)
         self.log("train_loss", loss, prog_bar=True)
         self.log("train_acc", (logits.argmax(1) == y).float().mean())
         return loss
@@ -100,3 +142,51 @@ class ContinualClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make a fresh optimizer; called again whenever the stream moves to its next task."""
         return self.optimizer(self.parameters())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the network after the last task, which the rest of this one still needs."""
+        if self._teacher is not None:
+            checkpoint["teacher"] = {"task": self._taught, "weights": self._teacher.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the network after the last task."""
+        self._forget_teacher()
+        if "teacher" in checkpoint and self.distillation:
+            teacher = copy.deepcopy(self)
+            teacher.load_state_dict(checkpoint["teacher"]["weights"])
+            self._teach(teacher)
+            self._taught = checkpoint["teacher"]["task"]
+
+    def _distance_to_teacher(self, x: Tensor, task: Tensor, logits: Tensor) -> Tensor:
+        """Return the mean squared difference of logits over replayed examples and over mixtures of them."""
+        assert self._teacher is not None
+        old = task < task.max()
+        if not old.any():
+            return logits.new_zeros(())
+        replayed, tasks = x[old], task[old]
+        # The order of what is replayed is drawn already, so neighbours are random pairs.
+        share = torch.linspace(0, LARGEST_SHARE, len(replayed)).to(x).view(-1, *[1] * (x.ndim - 1))
+        mixed = torch.lerp(replayed, replayed.roll(1, 0), share)
+        with torch.no_grad():
+            target, mixed_target = self._teacher(torch.cat([replayed, mixed]), tasks.repeat(2)).chunk(2)
+        return (mse_loss(logits[old], target) + mse_loss(self(mixed, tasks), mixed_target)) / 2
+
+    def _teach(self, teacher: "ContinualClassifier") -> None:
+        # No part of this module: it is neither trained nor merged.
+        object.__setattr__(self, "_teacher", teacher.eval().requires_grad_(False))
+
+    def _forget_teacher(self) -> None:
+        object.__setattr__(self, "_teacher", None)
+        self._taught = 0  # the first task has none
+
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+
+def _shares_of_tasks(task: Tensor, like: Tensor) -> Tensor:
+    """Return weights of the examples that sum to 1: those of the latest task count as one task, the others as all before it."""
+    latest = task.max()  # counted from 0, so it is how many tasks there were before
+    old = (task < latest).to(like)
+    n_old = old.sum()
+    share = (n_old > 0) * latest / (latest + 1)
+    return share * old / n_old.clamp_min(1) + (1 - share) * (1 - old) / (len(task) - n_old)

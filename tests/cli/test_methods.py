@@ -186,3 +186,19 @@ def test_tasks_that_depend_on_each_other_are_not_trained_in_parallel(tmp_path, c
     code, _ = run(tmp_path / "out", "--methods", "rebasin", "--parallel_tasks=2")
     assert code == 2
     assert "needs --merge.start fresh" in capsys.readouterr().err
+
+
+def test_tasks_in_parallel_have_no_network_before_them(tmp_path, capsys):
+    words = ["--methods", "rebasin", "--parallel_tasks=2", "--merge.start=fresh", "--model.distillation=0.1"]
+    code, _ = run(tmp_path / "out", *words)
+    assert code == 2
+    assert "set model.distillation to 0" in capsys.readouterr().err
+
+
+def test_a_baseline_has_its_own_loss(tmp_path, capsys):
+    code, _ = run(tmp_path / "out", "--methods", "replay", '--per_method={"replay": {"model.weighting": "tasks"}}')
+    assert code == 2
+    assert (
+        "per_method of 'replay': model.weighting would not concern a method that Avalanche runs"
+        in capsys.readouterr().err
+    )

@@ -1,0 +1,197 @@
+"""What the classifier's training step minimises: the weighting by tasks seen, and the distance to the network after the last task."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_rebasin import ContinualClassifier, ContinualDataModule, RebasinMerge
+from lit_rebasin.callbacks.step_loss import StepLoss
+
+from .walk import walk
+
+
+def network(**options):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10))
+    return ContinualClassifier(body, **options)
+
+
+def stream(**options):
+    return ContinualDataModule(
+        "rotated-digits", **{"n_tasks": 3, "epochs_per_task": 2, "replay_per_class": 2, **options}
+    )
+
+
+def batch(tasks):
+    generator = torch.Generator().manual_seed(1)
+    n = len(tasks)
+    return torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 10, torch.tensor(tasks)
+
+
+def loss_of(model, tasks, *, double=False):
+    model.log = lambda *args, **kwargs: None
+    x, y, task = batch(tasks)
+    return model.training_step((x.double() if double else x, y, task), 0)
+
+
+class Watch(pl.Callback):
+    """Keeps the network at the end of each task, and its teacher with the steps that had it."""
+
+    def __init__(self):
+        self.ends, self.teachers, self.losses = [], {}, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        if module._teacher is not None:
+            self.teachers[trainer.datamodule.task] = copy.deepcopy(module._teacher.state_dict())
+        if trainer.is_last_batch and trainer.current_epoch % 2:
+            self.ends.append(copy.deepcopy(module.state_dict()))
+
+
+@pytest.mark.parametrize("tasks", [[3] * 6 + [0, 1, 2], [1, 0, 1, 0, 0, 1, 1], [7, 7, 7, 7, 2]])
+def test_new_examples_weigh_as_one_task_and_replayed_ones_as_those_before_it(tasks):
+    model = network(weighting="tasks").eval().double()
+    x, y, task = batch(tasks)
+    new, before = task == max(tasks), max(tasks)
+    logits = model(x.double(), task)
+    parts = [cross_entropy(logits[part], y[part]) for part in (new, ~new)]
+    expected = (parts[0] + before * parts[1]) / (before + 1)
+    torch.testing.assert_close(loss_of(model, tasks, double=True), expected)
+
+
+@pytest.mark.parametrize("weighting", ["examples", "tasks"])
+def test_a_batch_of_one_task_is_averaged(weighting):
+    model = network(weighting=weighting).eval()
+    x, y, task = batch([4] * 7)
+    torch.testing.assert_close(loss_of(model, [4] * 7), cross_entropy(model(x, task), y))
+
+
+def test_distillation_is_the_squared_distance_of_logits_over_replayed_examples_and_mixtures():
+    tasks = [2] * 4 + [0, 0, 1, 1, 0]
+    model, teacher = network(distillation=0.3).double(), network().double()
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter)
+    for dropout in (part for part in model.modules() if isinstance(part, nn.Dropout)):
+        dropout.p = 0.0
+    model._teach(teacher)
+    x, y, _ = batch(tasks)
+    old = x.double()[4:]
+    terms = []
+    for i in range(5):
+        share = 0.5 * i / 4
+        for image in (old[i], (1 - share) * old[i] + share * old[i - 1]):
+            difference = model(image[None]) - teacher(image[None])
+            terms.append(difference.square().mean())
+    expected = cross_entropy(model(x.double()), y) + 0.3 * sum(terms) / len(terms)
+    torch.testing.assert_close(loss_of(model, tasks, double=True), expected)
+
+
+def test_new_examples_alone_have_nothing_to_be_distilled():
+    model = network(distillation=0.3)
+    model._teach(network())
+    model.backbone[3].p = 0.0
+    torch.testing.assert_close(loss_of(model, [1] * 5), loss_of(network().eval(), [1] * 5))
+
+
+@pytest.mark.parametrize("start", ["previous", "fresh"])
+def test_the_teacher_is_the_merged_network(start):
+    watch = Watch()
+    walk(network(distillation=0.1), stream(), RebasinMerge(start=start), watch, tasks=3)
+    assert set(watch.teachers) == {1, 2}
+    for task, teacher in watch.teachers.items():
+        for name, tensor in teacher.items():
+            assert torch.equal(tensor, watch.ends[task - 1][name]), name
+
+
+def test_the_teacher_is_neither_trained_nor_merged_nor_counted():
+    model, watch = network(distillation=0.1), Watch()
+    names = set(model.state_dict())
+    walk(model, stream(), watch, tasks=2)
+    assert set(model.state_dict()) == names
+    assert len(list(model.parameters())) == 4
+    assert not any(parameter.requires_grad for parameter in model._teacher.parameters())
+    assert not model._teacher.training
+
+
+def test_a_merge_sees_the_loss_of_the_labels_alone():
+    tasks = [2] * 6 + [0, 1, 0]
+    model = network(weighting="tasks", distillation=5.0)
+    model._teach(network())
+    for parameter in model._teacher.parameters():
+        nn.init.normal_(parameter)
+    step = StepLoss(model, pl.Trainer(logger=False, enable_checkpointing=False).precision_plugin)
+    with step.quiet():
+        seen = step.loss(list(batch(tasks)))
+    torch.testing.assert_close(seen, loss_of(network(weighting="tasks").eval(), tasks))
+
+
+def test_both_change_what_is_learned_and_the_symmetries_stay_the_same():
+    found, weights = [], []
+    for options in ({}, {"weighting": "tasks"}, {"distillation": 0.5}):
+        model, merge = network(**options), RebasinMerge(method="sinkhorn", options={"steps": 2})
+        walk(model, stream(), merge, tasks=3)
+        found.append(merge.spec)
+        weights.append(model.backbone[1].weight.detach())
+    assert found[0].to_json() == found[1].to_json() == found[2].to_json()
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_fit_resumed_within_a_task_goes_on_as_it_would_have(tmp_path):
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def learner():
+        model = network(distillation=0.5, weighting="tasks")
+        model.backbone[3].p = 0.0  # a resumed fit has other random states
+        return model
+
+    whole = learner()
+    walk(whole, stream(), RebasinMerge(), Save(), tasks=3)
+    again = learner()
+    walk(again, stream(), RebasinMerge(), tasks=3, ckpt_path=tmp_path / "2.ckpt")  # after the first epoch of task 1
+    for ours, theirs in zip(again.state_dict().values(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_second_fit_starts_without_a_teacher():
+    model = network(distillation=0.5)
+    walk(model, stream(), tasks=3)
+    watch = Watch()
+    walk(model, stream(), watch, tasks=1)
+    assert watch.teachers == {}
+
+
+def test_every_head_has_its_own_targets():
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+    data = ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=1, replay_per_class=2)
+    model = ContinualClassifier(body, n_features=16, n_heads=3, distillation=0.5, weighting="tasks")
+    walk(model, data, RebasinMerge(), tasks=3)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "classes"}, "weighting must be 'examples' or 'tasks', got 'classes'"),
+        ({"distillation": -1.0}, "distillation must be a number of at least 0, got -1.0"),
+        ({"distillation": float("nan")}, "distillation must be a number of at least 0, got nan"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        network(**options)
+
+
+def test_distillation_needs_tasks():
+    trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data = DataLoader(TensorDataset(*batch([0] * 10)), batch_size=5)
+    with pytest.raises(MisconfigurationException, match="needs a datamodule with tasks"):
+        trainer.fit(network(distillation=0.1), data)
