@@ -39,7 +39,8 @@ PROTOCOL = (
     *(f"data.{name}" for name in ("benchmark", "n_tasks", "scenario", "data_dir", "validation_fraction", "seed")),
     "data_dir",
 )
-LOSS = ("model.weighting", "model.distillation")  # of our own training step
+# Of our own training step.
+LEARNING = ("model.weighting", "model.distillation", "model.temperature", "data.replay_transform")
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:
@@ -132,7 +133,7 @@ def _check_options(method: str, cli: ContinualCLI) -> None:
             raise UsageError(
                 f"per_method of {method!r}: {key} is the same for all methods of a benchmark; set it outside"
             )
-        if METHODS[method].baseline and key in LOSS:
+        if METHODS[method].baseline and key in LEARNING:
             raise UsageError(
                 f"per_method of {method!r}: {key} would not concern a method that Avalanche runs; leave it out"
             )

@@ -7,23 +7,44 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 Examples = tuple[Tensor, Tensor, Tensor]  # images, labels, task indices
+Index = tuple[Tensor, Tensor | None, int]  # of new and of replayed examples, and the seed of what is random about them
 
 
 class MixedExamples(Dataset):
-    """New and replayed examples as whole tensors; an item is a batch, cut by the indices into either."""
+    """New and replayed examples as whole tensors; an item is a batch, cut by the indices into either.
 
-    def __init__(self, new: Examples, replayed: Examples | None) -> None:
+    ``transform`` is applied to the replayed images of a batch, all at once.
+    """
+
+    def __init__(
+        self, new: Examples, replayed: Examples | None, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.new = new
         self.replayed = replayed
+        self.transform = transform
 
-    def __getitem__(self, index: tuple[Tensor, Tensor | None]) -> Examples:
+    def __getitem__(self, index: Index) -> Examples:
         """Return the batch ``(x, y, task)`` of new examples, followed by replayed ones."""
-        fresh, replay = index
+        fresh, replay, seed = index
         x, y, task = (tensor[fresh] for tensor in self.new)
         if replay is None or self.replayed is None:
             return x, y, task
         old = [tensor[replay] for tensor in self.replayed]
+        if self.transform is not None:
+            old[0] = self._transformed(old[0], seed)
         return torch.cat([x, old[0]]), torch.cat([y, old[1]]), torch.cat([task, old[2]])
+
+    def _transformed(self, images: Tensor, seed: int) -> Tensor:
+        assert self.transform is not None
+        with torch.random.fork_rng(devices=[]):  # transforms draw from the global random state
+            torch.manual_seed(seed)
+            changed = self.transform(images)
+        if changed.shape != images.shape or changed.dtype != images.dtype:
+            raise ValueError(
+                f"replay_transform must leave shape and type of images as they are, but made {tuple(changed.shape)}, {changed.dtype} of "
+                f"{tuple(images.shape)}, {images.dtype}."
+            )
+        return changed
 
 
 class MixedBatches(Sampler):
@@ -38,13 +59,14 @@ class MixedBatches(Sampler):
     def __len__(self) -> int:
         return -(-self.n_new // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def __iter__(self) -> Iterator[Index]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch())
         order = torch.randperm(self.n_new, generator=generator)
         replay: Tensor | None = None
         if self.n_replay:
             rounds = -(-self.n_new // self.n_replay)
             replay = torch.cat([torch.randperm(self.n_replay, generator=generator) for _ in range(rounds)])
-        for start in range(0, self.n_new, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            yield chosen, None if replay is None else replay[start : start + len(chosen)]
+        seeds = torch.randint(2**31, (len(self),), generator=generator).tolist()
+        for batch, chosen in enumerate(order.split(self.batch_size)):
+            start = batch * self.batch_size
+            yield chosen, None if replay is None else replay[start : start + len(chosen)], seeds[batch]

@@ -8,10 +8,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torchmetrics.classification import MulticlassAccuracy
-
-LARGEST_SHARE = 0.5  # of the second example in a mixture of two
 
 
 class ContinualClassifier(LightningModule):
@@ -28,9 +26,10 @@ class ContinualClassifier(LightningModule):
         optimizer: Makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
         weighting: ``"examples"``: the loss is the mean over the batch. ``"tasks"``: in the t-th task the new examples of a batch weigh ``1/t``
             in all and the replayed ones ``(t-1)/t``, as if every task had brought as many.
-        distillation: Weight of the mean squared difference between the logits and those of the network as it was after the last task, over
-            the replayed examples and as many mixtures of two of them. 0 for none. As in dark experience replay (Buzzega et al., NeurIPS 2020),
-            but that no logits are stored, so that mixtures have some, too.
+        distillation: Weight of how far, over the replayed examples, the network's predictions are from those of the network as it was after
+            the last task: the Kullback-Leibler divergence of the softened ones (Hinton et al., 2015). 0 for none. No logits are stored, so
+            transformed examples have their own.
+        temperature: By which logits are divided to soften them, and its square multiplies the divergence.
 
     Raises:
         ValueError: If ``n_classes`` or ``n_heads`` is below 1, a number is out of range, or several heads are asked for without
@@ -51,6 +50,7 @@ class ContinualClassifier(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         weighting: Literal["examples", "tasks"] = "examples",
         distillation: float = 0.0,
+        temperature: float = 2.0,
     ) -> None:
         super().__init__()
         if n_classes < 1 or n_heads < 1:
@@ -65,7 +65,9 @@ class ContinualClassifier(LightningModule):
         if not 0 <= distillation < float("inf"):
             raise ValueError(f"distillation must be a number of at least 0, got {distillation}.")
         self.save_hyperparameters(ignore=["backbone", "optimizer"])
-        self.weighting, self.distillation = weighting, distillation
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a number above 0, got {temperature}.")
+        self.weighting, self.distillation, self.temperature = weighting, distillation, temperature
         self._forget_teacher()
         self.backbone = backbone
         heads = [] if n_features is None else [nn.Linear(n_features, n_classes) for _ in range(n_heads)]
@@ -127,7 +129,7 @@ class ContinualClassifier(LightningModule):
         loss = losses.mean() if self.weighting == "examples" else (_shares_of_tasks(task, losses) * losses).sum()
         # A merge evaluates this step on weights of its own, and asks for the loss of the labels alone.
         if self._teacher is not None and self.training:
-            loss = loss + self.distillation * self._distance_to_teacher(x, task, logits)
+            loss = loss + self.distillation * self._divergence(x, task, logits)
         self.log("train_loss", loss, prog_bar=True)
         self.log("train_acc", (logits.argmax(1) == y).float().mean())
         return loss
@@ -157,19 +159,16 @@ class ContinualClassifier(LightningModule):
             self._teach(teacher)
             self._taught = checkpoint["teacher"]["task"]
 
-    def _distance_to_teacher(self, x: Tensor, task: Tensor, logits: Tensor) -> Tensor:
-        """Return the mean squared difference of logits over replayed examples and over mixtures of them."""
+    def _divergence(self, x: Tensor, task: Tensor, logits: Tensor) -> Tensor:
+        """Return how far softened predictions are from the teacher's, as a mean over replayed examples."""
         assert self._teacher is not None
         old = task < task.max()
         if not old.any():
             return logits.new_zeros(())
-        replayed, tasks = x[old], task[old]
-        # The order of what is replayed is drawn already, so neighbours are random pairs.
-        share = torch.linspace(0, LARGEST_SHARE, len(replayed)).to(x).view(-1, *[1] * (x.ndim - 1))
-        mixed = torch.lerp(replayed, replayed.roll(1, 0), share)
         with torch.no_grad():
-            target, mixed_target = self._teacher(torch.cat([replayed, mixed]), tasks.repeat(2)).chunk(2)
-        return (mse_loss(logits[old], target) + mse_loss(self(mixed, tasks), mixed_target)) / 2
+            target = log_softmax(self._teacher(x[old], task[old]) / self.temperature, 1)
+        given = log_softmax(logits[old] / self.temperature, 1)
+        return self.temperature**2 * kl_div(given, target, reduction="batchmean", log_target=True)
 
     def _teach(self, teacher: "ContinualClassifier") -> None:
         # No part of this module: it is neither trained nor merged.

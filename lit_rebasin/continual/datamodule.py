@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -37,6 +37,8 @@ class ContinualDataModule(LightningDataModule):
         epochs_per_task: Epochs spent on each task.
         batch_size: New examples in a batch.
         replay_per_class: Examples that are kept of each class of each task; 0 for no replay.
+        replay_transform: Makes other images of the replayed ones, whose shape it must keep, batch by batch, such as
+            ``torchvision.transforms.v2.RandomCrop(28, padding=1)``. Images are normalised: 0 is the mean of the data.
         scenario: ``domain`` (same classes in every task), ``class`` (new classes, one head) or ``task`` (new classes, a head a task); the
             benchmark's own by default.
         data_dir: Folder of the data sets (``data`` by default), or the path of the ``.npz``.
@@ -62,6 +64,7 @@ class ContinualDataModule(LightningDataModule):
         epochs_per_task: int = 5,
         batch_size: int = 64,
         replay_per_class: int = 0,
+        replay_transform: nn.Module | None = None,
         scenario: Literal["domain", "class", "task"] | None = None,
         data_dir: str | None = None,
         download: bool = False,
@@ -82,11 +85,12 @@ class ContinualDataModule(LightningDataModule):
             raise ValueError(f"seed must be at most {LARGEST_SEED}, got {seed}.")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}.")
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["replay_transform"])
         self.stream: Stream = make_stream(benchmark, n_tasks, scenario, data_dir, download, seed)
         self.epochs_per_task = epochs_per_task
         self.batch_size = batch_size
         self.replay_per_class = replay_per_class
+        self.replay_transform = replay_transform
         self.validation_fraction = validation_fraction
         self.seed = seed
         self.task = 0
@@ -163,7 +167,7 @@ class ContinualDataModule(LightningDataModule):
         new, replayed = self._training_data(task)
         n_replay = 0 if replayed is None else len(replayed[1])
         sampler = MixedBatches(len(new[1]), n_replay, self.batch_size, self.seed, epoch)
-        return DataLoader(MixedExamples(new, replayed), sampler=sampler, batch_size=None)
+        return DataLoader(MixedExamples(new, replayed, self.replay_transform), sampler=sampler, batch_size=None)
 
     @override
     def val_dataloader(self) -> list[DataLoader]:
@@ -274,7 +278,7 @@ class ContinualDataModule(LightningDataModule):
                     data = self._examples(task, self.stream.train(task), self._split(task)[1], "held-back")
                 else:
                     data = self._examples(task, self.stream.test(task), None, "test")
-                batches = [(part, None) for part in torch.arange(len(data[1])).split(EVALUATION_BATCH)]
+                batches = [(part, None, 0) for part in torch.arange(len(data[1])).split(EVALUATION_BATCH)]
                 loaders.append(DataLoader(MixedExamples(data, None), sampler=batches, batch_size=None))
             self._evaluation[held_back] = loaders
         return self._evaluation[held_back]

@@ -1,6 +1,7 @@
 """What the classifier's training step minimises: the weighting by tasks seen, and the distance to the network after the last task."""
 
 import copy
+import math
 
 import lightning.pytorch as pl
 import pytest
@@ -72,24 +73,29 @@ def test_a_batch_of_one_task_is_averaged(weighting):
     torch.testing.assert_close(loss_of(model, [4] * 7), cross_entropy(model(x, task), y))
 
 
-def test_distillation_is_the_squared_distance_of_logits_over_replayed_examples_and_mixtures():
+def test_distillation_is_the_divergence_of_softened_predictions_over_replayed_examples():
     tasks = [2] * 4 + [0, 0, 1, 1, 0]
-    model, teacher = network(distillation=0.3).double(), network().double()
+    model, teacher = network(distillation=0.3, temperature=3.0).double(), network().double()
     for parameter in teacher.parameters():
         nn.init.normal_(parameter)
-    for dropout in (part for part in model.modules() if isinstance(part, nn.Dropout)):
-        dropout.p = 0.0
+    model.backbone[3].p = 0.0
+    teacher.eval()
     model._teach(teacher)
     x, y, _ = batch(tasks)
-    old = x.double()[4:]
     terms = []
-    for i in range(5):
-        share = 0.5 * i / 4
-        for image in (old[i], (1 - share) * old[i] + share * old[i - 1]):
-            difference = model(image[None]) - teacher(image[None])
-            terms.append(difference.square().mean())
-    expected = cross_entropy(model(x.double()), y) + 0.3 * sum(terms) / len(terms)
+    for image in x.double()[4:]:
+        ours, theirs = (net(image[None])[0].div(3).softmax(0).tolist() for net in (model, teacher))
+        terms.append(sum(q * math.log(q / p) for p, q in zip(ours, theirs, strict=True)))
+    expected = cross_entropy(model(x.double()), y) + 0.3 * 9 * sum(terms) / len(terms)
     torch.testing.assert_close(loss_of(model, tasks, double=True), expected)
+
+
+def test_a_network_that_agrees_with_its_teacher_pays_nothing():
+    tasks = [1] * 3 + [0] * 5
+    model = network(distillation=7.0)
+    model.backbone[3].p = 0.0
+    model._teach(copy.deepcopy(model))
+    torch.testing.assert_close(loss_of(model, tasks), loss_of(network().eval(), tasks))
 
 
 def test_new_examples_alone_have_nothing_to_be_distilled():
@@ -183,6 +189,7 @@ def test_every_head_has_its_own_targets():
         ({"weighting": "classes"}, "weighting must be 'examples' or 'tasks', got 'classes'"),
         ({"distillation": -1.0}, "distillation must be a number of at least 0, got -1.0"),
         ({"distillation": float("nan")}, "distillation must be a number of at least 0, got nan"),
+        ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

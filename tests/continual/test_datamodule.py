@@ -248,3 +248,42 @@ def test_replay_is_a_function_of_the_seed():
     assert torch.equal(kept, choose_replay(labels, 2, seed=1))
     assert not torch.equal(kept, choose_replay(labels, 2, seed=2))
     assert len(choose_replay(torch.tensor([0, 0, 0, 1]), 3, seed=0)) == 4
+
+
+class Shift(nn.Module):
+    """Moves all images of a batch by up to two pixels."""
+
+    def forward(self, images):
+        return images.roll(int(torch.randint(-2, 3, ())), -1)
+
+
+def batches_of(**options):
+    data = digits(**options)
+    data.setup("fit")
+    return data, list(data.training_loader(1, lambda: 2))
+
+
+def test_a_transform_is_applied_to_replayed_images_alone_and_drawn_with_the_seed():
+    torch.manual_seed(0)
+    _, plain = batches_of()
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    data, moved = batches_of(replay_transform=Shift())
+    assert torch.equal(torch.get_rng_state(), state)
+    shifts = []
+    for before, after in zip(plain, moved, strict=True):
+        new = before[2] == 1
+        assert torch.equal(before[1], after[1])
+        assert torch.equal(before[0][new], after[0][new])
+        same = [s for s in range(-2, 3) if torch.equal(after[0][~new], before[0][~new].roll(s, -1))]
+        assert len(same) == 1
+        shifts += same
+    assert len(set(shifts)) > 1
+    for ours, again in zip(moved, data.training_loader(1, lambda: 2), strict=True):
+        assert torch.equal(ours[0], again[0])
+    assert torch.equal(data.kept_examples(1)[0], digits().kept_examples(1)[0])
+
+
+def test_a_transform_that_changes_the_shape_is_refused():
+    with pytest.raises(ValueError, match=r"replay_transform must leave shape and type .* made \(100, 64\)"):
+        batches_of(replay_transform=nn.Flatten())
