@@ -119,7 +119,10 @@ class ContinualCLI(LightningCLI):
     def for_method(self, method: str) -> "ContinualCLI":
         """Return the configuration of a method of `benchmark`: what ``per_method`` says of it is read like words of the command line."""
         own = self.config.per_method.get(method, {})
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()}
+        texts = {
+            key: value if isinstance(value, str) else json.dumps(value, default=Namespace.as_dict)
+            for key, value in own.items()
+        }
         words = [f"--{key}={text}" for key, text in texts.items() if "." in key]
         if not words:
             return self

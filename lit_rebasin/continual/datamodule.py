@@ -181,7 +181,7 @@ class ContinualDataModule(LightningDataModule):
 
     def new_examples(self, task: int) -> Examples:
         """Return images, labels and task indices of all that a task brings to train on, nothing replayed."""
-        return self._examples(task, self.stream.train(task), self._split(task)[0], "training")
+        return self._examples(task, self.stream.train(task, self._split(task)[0]), "training")
 
     def kept_examples(self, task: int) -> Examples | None:
         """Return what is kept of the tasks before one; ``None`` if that is nothing."""
@@ -246,13 +246,13 @@ class ContinualDataModule(LightningDataModule):
 
     def _split(self, task: int) -> tuple[Tensor, Tensor]:
         """Return which training examples of a task are trained on, and which are held back."""
-        n = self.stream.n_train(task)
+        n = len(self.stream.train_labels(task))
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
         held = round(self.validation_fraction * n)
         return order[held:].sort().values, order[:held].sort().values
 
-    def _examples(self, task: int, data: tuple[Tensor, Tensor], chosen: Tensor | None, what: str) -> Examples:
-        x, y = data if chosen is None or len(chosen) == len(data[1]) else (data[0][chosen], data[1][chosen])
+    def _examples(self, task: int, data: tuple[Tensor, Tensor], what: str) -> Examples:
+        x, y = data
         if len(y) == 0:
             raise ValueError(f"Task {task} of {self.stream.name} has no {what} examples.")
         return x, y, torch.full_like(y, task)
@@ -266,18 +266,19 @@ class ContinualDataModule(LightningDataModule):
 
     def _keep_for_replay(self, task: int) -> None:
         """Choose a task's replay examples: a function of seed and task alone, so a resumed run finds the same ones."""
-        x, y, tasks = self.new_examples(task)
-        kept = choose_replay(y, self.replay_per_class, self.seed * 100_003 + task)
-        self._replay[task] = (x[kept].clone(), y[kept], tasks[kept])
+        trained = self._split(task)[0]
+        labels = self.stream.train_labels(task)[trained]
+        kept = choose_replay(labels, self.replay_per_class, self.seed * 100_003 + task)
+        self._replay[task] = self._examples(task, self.stream.train(task, trained[kept]), "training")
 
     def _evaluation_loaders(self, *, held_back: bool) -> list[DataLoader]:
         if held_back not in self._evaluation:
             loaders = []
             for task in range(self.n_tasks):
                 if held_back:
-                    data = self._examples(task, self.stream.train(task), self._split(task)[1], "held-back")
+                    data = self._examples(task, self.stream.train(task, self._split(task)[1]), "held-back")
                 else:
-                    data = self._examples(task, self.stream.test(task), None, "test")
+                    data = self._examples(task, self.stream.test(task), "test")
                 batches = [(part, None, 0) for part in torch.arange(len(data[1])).split(EVALUATION_BATCH)]
                 loaders.append(DataLoader(MixedExamples(data, None), sampler=batches, batch_size=None))
             self._evaluation[held_back] = loaders

@@ -58,30 +58,40 @@ class Stream:
         """Shape ``(C, H, W)`` of an image."""
         return tuple(self.base.x_train.shape[1:])
 
-    def train(self, task: int) -> tuple[Tensor, Tensor]:
-        """Return the training images ``(N, C, H, W)`` in float32 and labels ``(N,)`` of a task."""
+    def train(self, task: int, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the training images ``(N, C, H, W)`` in float32 and labels ``(N,)`` of a task, all or those of the indices ``chosen``."""
         recipe = self.recipes[task]
-        return self._make(self.base.x_train, self.base.y_train, recipe.train, recipe)
+        return self._make(self.base.x_train, self.base.y_train, _composed(recipe.train, chosen), recipe)
 
     def test(self, task: int) -> tuple[Tensor, Tensor]:
         """Return the test images and labels of a task."""
         recipe = self.recipes[task]
         return self._make(self.base.x_test, self.base.y_test, recipe.test, recipe)
 
-    def n_train(self, task: int) -> int:
-        """Return how many training examples a task has, without making them."""
-        chosen = self.recipes[task].train
-        return len(self.base.y_train if chosen is None else chosen)
+    def train_labels(self, task: int) -> Tensor:
+        """Return the training labels ``(N,)`` of a task, without making its images."""
+        recipe = self.recipes[task]
+        return self._labels(self.base.y_train, recipe.train, recipe)
 
     def _make(self, x: Tensor, y: Tensor, chosen: Tensor | None, recipe: TaskRecipe) -> tuple[Tensor, Tensor]:
-        if chosen is not None:
-            x, y = x[chosen], y[chosen]
-        images = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+        part = x if chosen is None else x[chosen]
+        images = part.float().div_(255) if x.dtype == torch.uint8 else part.float()
         if recipe.transform is not None:
             images = recipe.transform(images)
         shape = (1, -1, *[1] * (x.ndim - 2))
-        images = (images - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
-        return images, y if recipe.labels is None else recipe.labels[y]
+        if images.data_ptr() == x.data_ptr():
+            images = images.clone()
+        images.sub_(torch.tensor(self.mean).view(shape)).div_(torch.tensor(self.std).view(shape))
+        return images, self._labels(y, chosen, recipe)
+
+    def _labels(self, y: Tensor, chosen: Tensor | None, recipe: TaskRecipe) -> Tensor:
+        part = y if chosen is None else y[chosen]
+        return part if recipe.labels is None else recipe.labels[part]
+
+
+def _composed(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
+    """Return the indices of a choice within a choice; ``None`` chooses all."""
+    return inner if outer is None else outer if inner is None else outer[inner]
 
 
 def make_stream(

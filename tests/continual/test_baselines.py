@@ -108,7 +108,7 @@ def test_only_the_first_tasks_and_held_back_data():
     assert [task for _, task in seen] == [0, 1]
     assert seen[0][0][1].isnan().all()
     sizes = {len(batch[1]) for loader in data.val_dataloader() for batch in loader}
-    assert sizes == {round(0.25 * data.stream.n_train(0))}
+    assert sizes == {round(0.25 * len(data.stream.train_labels(0)))}
 
 
 def made(monkeypatch, name, **options):
