@@ -27,6 +27,7 @@ _HOMES = {
     "ModeConnectivity": "callbacks",
     "PathLosses": "merging",
     "PermutationSpec": "symmetry",
+    "RandomShift": "continual",
     "RebasinIL": "continual",
     "RebasinMerge": "callbacks",
     "RebasinPlugin": "plugins",
@@ -57,6 +58,7 @@ _HOMES = {
     "round_to_polytope": "transport",
     "sinkhorn": "transport",
     "sinkhorn_alignment": "alignment",
+    "slim_resnet18": "continual",
     "straight_through_alignment": "alignment",
     "weight_matching": "alignment",
 }
@@ -79,6 +81,7 @@ __all__ = [
     "ModeConnectivity",
     "PathLosses",
     "PermutationSpec",
+    "RandomShift",
     "RebasinIL",
     "RebasinMerge",
     "RebasinPlugin",
@@ -110,6 +113,7 @@ __all__ = [
     "round_to_polytope",
     "sinkhorn",
     "sinkhorn_alignment",
+    "slim_resnet18",
     "straight_through_alignment",
     "weight_matching",
 ]
@@ -139,7 +143,13 @@ if TYPE_CHECKING:
         weight_matching,
     )
     from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RebasinMerge
-    from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
+    from lit_rebasin.continual import (
+        ContinualClassifier,
+        ContinualDataModule,
+        RandomShift,
+        RebasinIL,
+        slim_resnet18,
+    )
     from lit_rebasin.merging import (
         LinearPath,
         ManyMerge,

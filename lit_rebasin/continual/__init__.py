@@ -1,7 +1,9 @@
 """Streams of tasks for Lightning."""
 
+from lit_rebasin.continual.backbones import slim_resnet18
 from lit_rebasin.continual.classifier import ContinualClassifier
 from lit_rebasin.continual.datamodule import ContinualDataModule
 from lit_rebasin.continual.rebasin_il import RebasinIL
+from lit_rebasin.continual.transforms import RandomShift
 
-__all__ = ["ContinualClassifier", "ContinualDataModule", "RebasinIL"]
+__all__ = ["ContinualClassifier", "ContinualDataModule", "RandomShift", "RebasinIL", "slim_resnet18"]

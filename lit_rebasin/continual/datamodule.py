@@ -38,7 +38,7 @@ class ContinualDataModule(LightningDataModule):
         batch_size: New examples in a batch.
         replay_per_class: Examples that are kept of each class of each task; 0 for no replay.
         replay_transform: Makes other images of the replayed ones, whose shape it must keep, batch by batch, such as
-            ``torchvision.transforms.v2.RandomCrop(28, padding=1)``. Images are normalised: 0 is the mean of the data.
+            :class:`~lit_rebasin.RandomShift`. Images are normalised: 0 is the mean of the data.
         scenario: ``domain`` (same classes in every task), ``class`` (new classes, one head) or ``task`` (new classes, a head a task); the
             benchmark's own by default.
         data_dir: Folder of the data sets (``data`` by default), or the path of the ``.npz``.
