@@ -75,6 +75,8 @@ class ContinualCLI(LightningCLI):
             raise UsageError(str(error)) from None
         except ValueError as error:  # all that is done beside parsing is to seed
             raise UsageError(f"seed_everything: {error}") from None
+        # What looks like a class becomes a Namespace, which JSON does not know.
+        self.config.per_method = json.loads(json.dumps(self.config.per_method, default=Namespace.as_dict))
         RebasinMerge(
             **self.config.merge.as_dict()
         )  # so that what it refuses is said before any run, also one that does not merge
@@ -119,10 +121,7 @@ class ContinualCLI(LightningCLI):
     def for_method(self, method: str) -> "ContinualCLI":
         """Return the configuration of a method of `benchmark`: what ``per_method`` says of it is read like words of the command line."""
         own = self.config.per_method.get(method, {})
-        texts = {
-            key: value if isinstance(value, str) else json.dumps(value, default=Namespace.as_dict)
-            for key, value in own.items()
-        }
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()}
         words = [f"--{key}={text}" for key, text in texts.items() if "." in key]
         if not words:
             return self

@@ -42,6 +42,7 @@ KEYS = """
  --data.epochs_per_task N    epochs spent on each task (5)
  --data.batch_size N         new examples in a batch (64)
  --data.replay_per_class K   examples kept of each class of each task (0)
+ --data.replay_transform PATH  import path of a transform of what is replayed, such as lit_rebasin.RandomShift
  --data.validation_fraction F  validate on this share of the training data, held back, not on the test data (0)
  --data.download true        fetch a data set that is missing
 
@@ -49,9 +50,12 @@ KEYS = """
  --model.n_features N        width of the backbone's output, if it ends in features and not in logits
  --model.optimizer PATH      import path of the optimizer (torch.optim.AdamW); its arguments as --model.optimizer.NAME VALUE
 
- --merge.alpha A             weight of the previous model in [0, 1], or line-search (0.8)
- --merge.method NAME         weights, sinkhorn or identity (weights)
- --merge.cost NAME           what sinkhorn minimises: incremental, midpoint, random-point or l2 (incremental)
+ --model.weighting NAME      examples, or tasks: those replayed weigh as all tasks before, whatever their number (examples)
+ --model.distillation W      weight of how far predictions of replayed examples are from those of the network after the last task (0)
+
+ --merge.alpha A             weight of the previous model in [0, 1], or line-search, fisher or layer-fisher (0.8)
+ --merge.method NAME         weights, covariance, frank-wolfe, activations, sinkhorn, straight-through or identity (weights)
+ --merge.cost NAME           what sinkhorn minimises: incremental, midpoint, random-point, l2, l1 or cosine (incremental)
  --merge.start NAME          where a task begins: previous, fresh (newly initialised) or perturbed, half of either (previous)
 
  --trainer.KEY VALUE         any argument of Lightning's Trainer

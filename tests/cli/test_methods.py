@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from lit_rebasin.callbacks import ModeConnectivity, RebasinMerge
 from lit_rebasin.cli import main
@@ -202,3 +203,16 @@ def test_a_baseline_has_its_own_loss(tmp_path, capsys):
         "per_method of 'replay': model.weighting would not concern a method that Avalanche runs"
         in capsys.readouterr().err
     )
+
+
+def test_a_method_may_have_a_class_of_its_own(tmp_path):
+    own = (
+        '{"rebasin": {"data.replay_transform": {"class_path": "lit_rebasin.RandomShift", "init_args": {"pixels": 2}}}}'
+    )
+    code, _ = run(tmp_path / "out", "--methods", "average,rebasin", f"--per_method={own}")
+    assert code == 0
+    written = [
+        yaml.safe_load((tmp_path / f"out/{name}/seed_0/config.yaml").read_text()) for name in ("average", "rebasin")
+    ]
+    assert written[0]["data"].get("replay_transform") is None
+    assert written[1]["data"]["replay_transform"]["init_args"] == {"pixels": 2}

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,3 +114,18 @@ def test_an_argument_of_a_strategy_is_varied(tmp_path):
 def test_test_data_cannot_be_varied_in(tmp_path, capsys):
     assert sweep(tmp_path, "--vary", "data.validation_fraction=0.0") == 1
     assert "data.validation_fraction is the same for all methods" in capsys.readouterr().err
+
+
+def test_classes_of_a_method_reach_its_trials(tmp_path, monkeypatch):
+    commands = []
+
+    def noted(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stderr="noted")
+
+    monkeypatch.setattr("lit_rebasin.cli.sweep.subprocess", SimpleNamespace(run=noted))
+    own = '{"average": {"data.replay_transform": {"class_path": "lit_rebasin.RandomShift"}}}'
+    assert sweep(tmp_path, "--method", "average", f"--per_method={own}", "--vary", "merge.alpha=0.5") != 0
+    given = json.loads(commands[0][-1].removeprefix("--per_method="))
+    assert given["average"]["data.replay_transform"]["class_path"] == "lit_rebasin.RandomShift"
+    assert given["average"]["merge.alpha"] == 0.5
