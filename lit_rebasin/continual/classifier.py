@@ -64,11 +64,10 @@ class ContinualClassifier(LightningModule):
             raise ValueError(f"weighting must be 'examples' or 'tasks', got {weighting!r}.")
         if not 0 <= distillation < float("inf"):
             raise ValueError(f"distillation must be a number of at least 0, got {distillation}.")
-        self.save_hyperparameters(ignore=["backbone", "optimizer"])
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature}.")
+        self.save_hyperparameters(ignore=["backbone", "optimizer"])
         self.weighting, self.distillation, self.temperature = weighting, distillation, temperature
-        self._forget_teacher()
         self.backbone = backbone
         heads = [] if n_features is None else [nn.Linear(n_features, n_classes) for _ in range(n_heads)]
         self.heads = nn.ModuleList(heads)
@@ -117,7 +116,7 @@ class ContinualClassifier(LightningModule):
         if not self.distillation or self._data().task == self._taught:
             return
         self._forget_teacher()
-        if self._data().task > self._data().first_task:
+        if self._data().task > 0:
             self._teach(copy.deepcopy(self))
         self._taught = self._data().task
 

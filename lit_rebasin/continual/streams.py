@@ -79,9 +79,7 @@ class Stream:
         if recipe.transform is not None:
             images = recipe.transform(images)
         shape = (1, -1, *[1] * (x.ndim - 2))
-        if images.data_ptr() == x.data_ptr():
-            images = images.clone()
-        images.sub_(torch.tensor(self.mean).view(shape)).div_(torch.tensor(self.std).view(shape))
+        images = (images - torch.tensor(self.mean).view(shape)).div_(torch.tensor(self.std).view(shape))
         return images, self._labels(y, chosen, recipe)
 
     def _labels(self, y: Tensor, chosen: Tensor | None, recipe: TaskRecipe) -> Tensor:
