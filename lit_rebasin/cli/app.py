@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RebasinMerge
@@ -77,9 +77,7 @@ class ContinualCLI(LightningCLI):
             raise UsageError(f"seed_everything: {error}") from None
         # What looks like a class becomes a Namespace, which JSON does not know.
         self.config.per_method = json.loads(json.dumps(self.config.per_method, default=Namespace.as_dict))
-        RebasinMerge(
-            **self.config.merge.as_dict()
-        )  # so that what it refuses is said before any run, also one that does not merge
+        self._check_arguments()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a benchmark needs beyond trainer, model and data."""
@@ -129,6 +127,20 @@ class ContinualCLI(LightningCLI):
             return ContinualCLI(self.command, [*self.arguments, *words])
         except (UsageError, ValueError) as error:
             raise UsageError(f"per_method of {method!r}: {error}") from None
+
+    def _check_arguments(self) -> None:
+        """Say what classes refuse before any run, also one that does without them."""
+        RebasinMerge(**self.config.merge.as_dict())
+        loss = {name: self.config.model[name] for name in ("weighting", "distillation", "temperature")}
+        ContinualClassifier(nn.Identity(), **loss)
+        transform = self.config.data.replay_transform
+        if transform is not None:
+            parser = LightningArgumentParser(exit_on_error=False)
+            parser.add_argument("--replay_transform", type=nn.Module)
+            try:
+                parser.instantiate_classes(parser.parse_object({"replay_transform": transform}))
+            except (ArgumentError, TypeError, ValueError) as error:
+                raise UsageError(f"data.replay_transform: {error}") from None
 
     def strategy_options(self, method: str) -> dict[str, Any]:
         """Return what ``per_method`` says of a method that is no key of the configuration."""

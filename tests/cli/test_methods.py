@@ -216,3 +216,24 @@ def test_a_method_may_have_a_class_of_its_own(tmp_path):
     ]
     assert written[0]["data"].get("replay_transform") is None
     assert written[1]["data"]["replay_transform"]["init_args"] == {"pixels": 2}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"model.distillation": -1}, "distillation must be a number of at least 0, got -1"),
+        (
+            {"data.replay_transform": {"class_path": "lit_rebasin.RandomShift", "init_args": {"pixels": 0}}},
+            "pixels must be",
+        ),
+    ],
+)
+def test_what_a_class_refuses_of_one_method_is_said_before_another_runs(tmp_path, capsys, own, message):
+    words = ["--methods", "average,rebasin", f"--per_method={json.dumps({'rebasin': own})}"]
+    code, found = run(tmp_path / "out", *words)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert found is None
+    assert "per_method of 'rebasin'" in error
+    assert message in error
+    assert not (tmp_path / "out").exists()
