@@ -62,6 +62,10 @@ class _Kept(BalancedExemplarsBuffer):
         super().__init__(memory.total, adaptive_size=False, total_num_groups=memory.n_tasks)
         self.per_class = memory.per_class
 
+    def update(self, strategy: Any, **kwargs: Any) -> None:
+        """Do what Avalanche's own does, which its plugin calls, without the warning that nobody can turn off."""
+        self.post_adapt(strategy, strategy.experience)
+
     def post_adapt(self, agent: Any, exp: Any) -> None:
         """Keep examples of an experience."""
         n_classes = len(exp.dataset.targets.uniques)

@@ -189,3 +189,9 @@ def test_options_reach_the_strategy():
 def test_errors(name, options, message):
     with pytest.raises(ValueError, match=message):
         check_options(name, options)
+
+
+def test_replay_says_nothing_that_its_user_cannot_change(recwarn):
+    data = stream(n_tasks=2, epochs_per_task=1)
+    run_baseline("replay", network(data), data)
+    assert not [warning for warning in recwarn if "deprecated function update" in str(warning.message)]
