@@ -19,11 +19,11 @@ from lit_rebasin.alignment import (
     midpoint_cost,
     random_point_cost,
 )
+from lit_rebasin.callbacks.measured import Draw, first_batches, measure, permuted
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.callbacks.step_features import StepFeatures
-from lit_rebasin.callbacks.step_fisher import step_fisher
 from lit_rebasin.callbacks.step_loss import StepLoss
-from lit_rebasin.merging import LinearPath, PathLosses, fisher_alpha, layer_fisher_alphas, line_search
+from lit_rebasin.merging import LinearPath, PathLosses, fisher_alpha, layer_fisher_alphas, line_search, regmean
 from lit_rebasin.symmetry import Features, PermutationSpec, permute
 
 Weights = Mapping[str, Tensor]
@@ -42,7 +42,7 @@ class MergeOutcome:
         before: The losses between the two as they were.
         after: Those along ``path``.
         batches: The training batches that all this was measured on.
-        fisher: The Fisher information of the aligned new model by name; empty unless alpha comes of it.
+        measured: What the merge measured of the aligned new model besides its loss, by name; empty if nothing.
     """
 
     weights: dict[str, Tensor]
@@ -53,7 +53,7 @@ class MergeOutcome:
     before: PathLosses
     after: PathLosses
     batches: list[Any]
-    fisher: dict[str, Tensor]
+    measured: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,32 +79,32 @@ class _Models:
 
 def merge_task(
     step: StepLoss,
-    batches: list[Any],
+    draw: Draw,
     trained: Weights,
     previous: Weights,
     spec: PermutationSpec,
     shared: set[str],
     settings: MergeSettings,
     task: int,
-    fisher: Weights | None = None,
+    known: Weights | None = None,
     held: Collection[str] = (),
 ) -> MergeOutcome:
     """Align the trained weights to the previous ones and merge them; nothing is written to.
 
     Args:
         step: The task loss as a function of weights.
-        batches: Training batches, such as the module's training_step takes.
+        draw: Begins a pass over training batches, such as the module's training_step takes.
         trained: Parameters and buffers of the model that has just learned ``task``.
         previous: Those of the model before.
         spec: The permutation symmetries.
         shared: Parameters that both models have trained: only these are matched and averaged, other parameters are taken from ``trained``.
         settings: Arguments of the callback.
         task: Index of the task, for the seeds.
-        fisher: The Fisher information of the previous model, the mean over the tasks that it knows, where alpha comes of it.
+        known: What was measured of the tasks before, where the merge needs it.
         held: Parameters that are taken from ``previous``.
     """
     started = perf_counter()
-    models = _Models(step, step.with_loss(batches), trained, previous, shared, held)
+    models = _Models(step, first_batches(step, draw, settings.batches), trained, previous, shared, held)
     alignment = find(
         _problem(models, spec, settings, settings.seed + task),
         settings.method,
@@ -115,9 +115,9 @@ def merge_task(
     aligned = models.path_from(permute(trained, spec, alignment.permutations))
     before = models.path_from(trained).losses(models.loss)
     after = aligned.losses(models.loss) if alignment.moved else before
-    own = _fisher(models, spec, alignment) if settings.measures_fisher else {}
-    alpha = _alpha(settings, aligned, after, fisher or {}, own, shared)
-    merged = add_residual(aligned.at(alpha), alignment.residual)
+    own = permuted(measure(settings, step, trained, draw), trained, spec, alignment)
+    alpha = _alpha(settings, aligned, after, known or {}, own, shared)
+    merged = add_residual(_merged(settings, aligned, alpha, known or {}, own, shared), alignment.residual)
     loss_before, logged_before = step.mean(trained, models.batches)
     loss_after, logged_after = step.mean(merged, models.batches)
     numbers = {
@@ -187,18 +187,11 @@ def _cost(
     return cost
 
 
-def _fisher(models: _Models, spec: PermutationSpec, alignment: Alignment) -> dict[str, Tensor]:
-    """Return the Fisher information of the new model, aligned as its weights are."""
-    measured = step_fisher(models.step, models.trained, models.batches)
-    moved = permute({**models.trained, **measured}, spec, alignment.permutations)
-    return {name: moved[name] for name in measured}
-
-
 def _alpha(
     settings: MergeSettings,
     path: LinearPath,
     losses: PathLosses,
-    previous: Weights,
+    known: Weights,
     new: Weights,
     shared: set[str],
 ) -> float | dict[str, float]:
@@ -207,9 +200,35 @@ def _alpha(
         return settings.alpha
     if settings.alpha == "line-search":
         return line_search(losses)
-    names = shared & previous.keys() & new.keys()
-    both = ({name: fisher[name].to(new[name].device) for name in names} for fisher in (previous, new))
+    both = _both(known, new, shared)
     return fisher_alpha(path, *both) if settings.alpha == "fisher" else layer_fisher_alphas(path, *both)
+
+
+def _merged(
+    settings: MergeSettings,
+    path: LinearPath,
+    alpha: float | dict[str, float],
+    known: Weights,
+    new: Weights,
+    shared: set[str],
+) -> dict[str, Tensor]:
+    """Return the merged weights, before any residual."""
+    if settings.combine != "regmean" or isinstance(alpha, Mapping):
+        return path.at(alpha)
+    # A layer of which both networks have trained but one tensor is averaged.
+    whole = {name for name in shared if _layer_of(name, path.new) <= shared}
+    return regmean(path, *_both(known, new, whole), alpha=alpha)
+
+
+def _layer_of(name: str, weights: Weights) -> set[str]:
+    layer = name.rpartition(".")[0]
+    return {f"{layer}.{own}" for own in ("weight", "bias")} & weights.keys()
+
+
+def _both(known: Weights, new: Weights, names: set[str]) -> tuple[Weights, Weights]:
+    """Return what was measured before and now, of the tensors that were measured both times."""
+    names = names & known.keys() & new.keys()
+    return {name: known[name].to(new[name].device) for name in names}, {name: new[name] for name in names}
 
 
 def _mean_alpha(alpha: float | Mapping[str, float], weights: Weights, shared: set[str]) -> float:

@@ -1,5 +1,6 @@
 """The callback: align the trained model to the previous one after each task, and merge the two."""
 
+from collections.abc import Generator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -52,6 +53,9 @@ class RebasinMerge(TaskMerger, Callback):
             among it.
         start: Where each task but the first begins: at the ``"previous"`` network; ``"fresh"``, with every layer initialised anew, which
             needs the alignment; or ``"perturbed"``, half of either.
+        combine: ``"average"`` takes the point of the path at alpha. ``"regmean"`` takes :func:`~lit_rebasin.merging.regmean`: every layer is
+            fitted to both networks on the inputs of each, those of the previous one as they were at the merges that made it. For this it reads
+            as many batches as the layers have need of, at most a pass over the training data.
         seed: Seed of everything drawn in a merge; the random states of Python, NumPy, torch and of the loaders are not touched.
 
     Raises:
@@ -74,9 +78,12 @@ class RebasinMerge(TaskMerger, Callback):
         batches: int = 10,
         examples: Literal["training", "kept"] = "training",
         start: Start = "previous",
+        combine: Literal["average", "regmean"] = "average",
         seed: int = 0,
     ) -> None:
-        super().__init__(MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start))
+        super().__init__(
+            MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start, combine)
+        )
         if examples not in ("training", "kept"):
             raise ValueError(f"examples must be 'training' or 'kept', got {examples!r}.")
         self.examples = examples
@@ -179,10 +186,10 @@ class RebasinMerge(TaskMerger, Callback):
         if outcome is not None:
             log_merge(trainer, outcome, task)
 
-    def _draw(self, trainer: "pl.Trainer") -> list[Any]:
+    def _draw(self, trainer: "pl.Trainer") -> Generator[Any, None, None]:
         if self.examples == "training":
-            return draw_batches(trainer, self.settings.batches)
+            return draw_batches(trainer)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         kept = data.kept_examples(data.task + 1)
         order = torch.randperm(len(kept[1])).split(data.batch_size)
-        return [[part[chosen].to(trainer.strategy.root_device) for part in kept] for chosen in order]
+        return ([part[chosen].to(trainer.strategy.root_device) for part in kept] for chosen in order)

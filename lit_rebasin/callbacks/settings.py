@@ -24,8 +24,10 @@ from lit_rebasin.transport import Schedule
 from lit_rebasin.transport.arguments import check_count
 
 Method = Literal["identity", "weights", "covariance", "activations", "frank-wolfe", "straight-through", "sinkhorn"]
+Measured = Literal["Fisher information", "input moments"]
 COSTS = (*LOSS_COSTS, *DISTANCES)
 ALPHAS = ("line-search", "fisher", "layer-fisher")
+COMBINATIONS = ("average", "regmean")
 STATISTICS = ("reestimate", "repair", "rescale", "data-free", "none")
 # The residual is trained for the soft network, which must be near the hard one from the start: with this logit a neuron holds 92 % of its row
 # at width 256.
@@ -45,6 +47,7 @@ class MergeSettings:
     batches: int = 10
     seed: int = 0
     start: Start = "previous"
+    combine: str = "average"
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, int | float):
@@ -61,6 +64,11 @@ class MergeSettings:
             check_start(self.method, self.init)
         _check("statistics", self.statistics, STATISTICS)
         _check("start", self.start, STARTS)
+        _check("combine", self.combine, COMBINATIONS)
+        if self.combine == "regmean" and isinstance(self.alpha, str):
+            raise ValueError(
+                f"combine='regmean' leaves the linear path, on which alpha={self.alpha!r} is chosen: give alpha a number."
+            )
         check_method(self.method, self.options, residual=self.method == "sinkhorn" and self.used_cost == "incremental")
         try:
             _try(self.method, self.used_options)
@@ -96,9 +104,11 @@ class MergeSettings:
         return "inputs" in (METHODS[self.method][1], METHODS[start][1])
 
     @property
-    def measures_fisher(self) -> bool:
-        """Whether alpha comes of the Fisher information."""
-        return self.alpha in ("fisher", "layer-fisher")
+    def measured(self) -> Measured | None:
+        """What is kept of every task besides weights, where the merge needs it."""
+        if self.combine == "regmean":
+            return "input moments"
+        return "Fisher information" if self.alpha in ("fisher", "layer-fisher") else None
 
     @property
     def point(self) -> float:

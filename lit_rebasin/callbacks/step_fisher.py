@@ -57,7 +57,7 @@ def step_fisher(step: StepLoss, weights: Mapping[str, Tensor], batches: Sequence
     return {name: total / examples for name, total in totals.items()}
 
 
-def check_measurable(step: StepLoss, batch: Any) -> None:
+def check_fisher(step: StepLoss, batch: Any) -> None:
     """Raise a MisconfigurationException if single examples teach nothing, before a task is spent."""
     with step.quiet():
         try:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import inspect
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -189,21 +189,17 @@ class _NoMetric(nn.Module):
         return super().__getattr__(name)
 
 
-def draw_batches(trainer: "pl.Trainer", count: int) -> list[Any]:
-    """Return the first ``count`` batches of a fresh pass over the training data, on the module's device, as the training gets them."""
+def draw_batches(trainer: "pl.Trainer") -> Generator[Any, None, None]:
+    """Yield the batches of a fresh pass over the training data, on the module's device, as the training gets them."""
     loader: Any = trainer.train_dataloader
     module = trainer.lightning_module
-    batches: list[Any] = []
     with _generators_kept(loader):
         nested = isinstance(loader, (Mapping, list, tuple))
         source = (item[0] for item in CombinedLoader(loader, "max_size_cycle")) if nested else iter(loader)
         for batch in source:
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batches.append(trainer.strategy.batch_to_device(batch, module.device, dataloader_idx=0))
-            if len(batches) == count:
-                break
-    return batches
+            yield trainer.strategy.batch_to_device(batch, module.device, dataloader_idx=0)
 
 
 @contextmanager

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 
 from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.callbacks.correction import correct
+from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, measure
 from lit_rebasin.callbacks.merge import MergeOutcome, merge_task
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.callbacks.start import begin, check_resettable
 from lit_rebasin.callbacks.step_features import check_readable
-from lit_rebasin.callbacks.step_fisher import check_measurable, step_fisher
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
 from lit_rebasin.callbacks.step_spec import step_spec
 from lit_rebasin.merging import NoFiniteLossError, has_batch_norm
 from lit_rebasin.merging.path import weights_of, write_weights
 from lit_rebasin.symmetry import PermutationSpec, join
 
-Draw = Callable[[], list[Any]]
 Broadcast = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -48,8 +47,7 @@ class TaskMerger:
         self.spec: PermutationSpec | None = None
         self._trained: set[str] = set()  # parameters that some finished task has changed
         self._initial: dict[str, Tensor] = {}
-        self._fisher: dict[str, Tensor] = {}  # the mean over the tasks so far, in the frame of the previous model
-        self._fisher_tasks = 0
+        self._known = Known()  # in the frame of the previous model
         self._begun = -1  # the task that began last
         self._traced = False  # whether the spec takes account of the present task
 
@@ -62,8 +60,8 @@ class TaskMerger:
             "trained": sorted(self._trained),
             "begun": self._begun,
             "spec": self.spec.to_json() if self.spec is not None else None,
-            "fisher": self._fisher,
-            "fisher_tasks": self._fisher_tasks,
+            "known": self._known.means,
+            "known_tasks": self._known.tasks,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,7 +72,7 @@ class TaskMerger:
         self._trained = set(state_dict["trained"])
         # States of older versions lack what they did not know.
         self._begun = state_dict.get("begun", self.n_tasks)
-        self._fisher, self._fisher_tasks = dict(state_dict.get("fisher", {})), state_dict.get("fisher_tasks", 0)
+        self._known = Known(dict(state_dict.get("known", {})), state_dict.get("known_tasks", 0))
         self.spec = PermutationSpec.from_json(state_dict["spec"]) if state_dict["spec"] is not None else None
 
     def _check(self, module: nn.Module) -> None:
@@ -93,10 +91,10 @@ class TaskMerger:
         if self.previous is None:
             return
         check_same_architecture(weights_of(module), self.previous)
-        if self.settings.measures_fisher and not self._fisher:
+        if self.settings.measured and not self._known.tasks:
             raise MisconfigurationException(
-                f"{type(self).__name__}(alpha={self.settings.alpha!r}) needs the Fisher information of the tasks so far, which this state "
-                "lacks, for it was saved with another alpha: give alpha a number, or line-search."
+                f"{type(self).__name__}(alpha={self.settings.alpha!r}, combine={self.settings.combine!r}) needs the {self.settings.measured} "
+                "of the tasks so far, which this state lacks, for it was saved with other settings."
             )
 
     def _begin_task(self, module: nn.Module) -> None:
@@ -113,8 +111,7 @@ class TaskMerger:
         """Find the permutation groups on the first batch of a task, so that a network without any fails at once."""
         if self._traced:
             return
-        if self.settings.measures_fisher:
-            check_measurable(step, batch)
+        check_measurable(self.settings.measured, step, batch)
         if self.settings.method == "identity":
             self._traced = True
             return
@@ -140,7 +137,7 @@ class TaskMerger:
 
         Args:
             step: The training step of the trained network.
-            draw: Returns the training batches that the merge uses.
+            draw: Begins a pass over the training batches that the merge may use.
             broadcast: Returns the weights of the first process, in all of them.
 
         Returns:
@@ -162,7 +159,7 @@ class TaskMerger:
         if broken:
             self._refuse(module, f"training left NaN or infinity in {broken!r}")
         elif self.previous is None:
-            self._measure_fisher(step, draw, trained)
+            self._measure_first(step, draw, trained)
         else:
             try:
                 outcome = self._merge(step, draw, broadcast, task, trained, self.previous)
@@ -206,13 +203,14 @@ class TaskMerger:
             torch.manual_seed(self.settings.seed + task)
             held = self._untouched(module, trained, previous)
             shared = self._shared(module, trained, previous) - held
-            outcome = merge_task(step, draw(), trained, previous, spec, shared, self.settings, task, self._fisher, held)
+            known = self._known.means
+            outcome = merge_task(step, draw, trained, previous, spec, shared, self.settings, task, known, held)
             _check_finite(outcome.numbers["loss_after"])
             write_weights(module, outcome.weights)
             correct(module, step, outcome, self.settings.statistics)
             _check_finite(outcome.numbers["loss_after"])
             write_weights(module, broadcast(weights_of(module)))
-        self._add_fisher(outcome.fisher)
+        self._known.add(outcome.measured, self._share_of_new)
         self.history.append({"task": task, **outcome.numbers})
         numbers = outcome.numbers
         rank_zero_info(
@@ -221,20 +219,20 @@ class TaskMerger:
         )
         return outcome
 
-    def _measure_fisher(self, step: StepLoss, draw: Draw, trained: Mapping[str, Tensor]) -> None:
-        """Take in the Fisher information of the first task."""
-        if not self.settings.measures_fisher:
+    def _measure_first(self, step: StepLoss, draw: Draw, trained: Mapping[str, Tensor]) -> None:
+        """Take in what is measured of the first task."""
+        if self.settings.measured is None:
             return
         with step.quiet():
             torch.manual_seed(self.settings.seed)
-            self._add_fisher(step_fisher(step, trained, step.with_loss(draw())))
+            self._known.add(measure(self.settings, step, trained, draw))
 
-    def _add_fisher(self, fisher: Mapping[str, Tensor]) -> None:
-        if fisher:
-            self._fisher_tasks += 1
-        for name, diagonal in fisher.items():
-            mean = self._fisher.get(name, torch.zeros_like(diagonal, device="cpu"))
-            self._fisher[name] = mean + (diagonal.cpu() - mean) / self._fisher_tasks
+    @property
+    def _share_of_new(self) -> float | None:
+        """How much of what is known of all tasks the last one is; ``None`` for as much as any other."""
+        if self.settings.combine == "average" or isinstance(self.settings.alpha, str):
+            return None
+        return 1 - self.settings.alpha  # as it counts in the regression that the merged layers come of
 
     def _shared(self, module: nn.Module, trained: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> set[str]:
         """Return the parameters that both models have trained."""

@@ -40,7 +40,7 @@ PROTOCOL = (
     "data_dir",
 )
 # Of our own training step.
-LEARNING = ("model.weighting", "model.distillation", "model.temperature", "data.replay_transform")
+LEARNING = ("model.lr_decay", "model.distillation", "model.temperature", "data.replay_transform")
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The tasks of a stream trained side by side, each from fresh weights in a process of its own, and merged in order."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -94,11 +94,10 @@ def _merged(run: Run, folder: Path) -> Tensor:
         last = (task + 1) * data.epochs_per_task - 1
         loader = data.training_loader(task, partial(int, last))
 
-        def draw(loader: Any = loader) -> list[Any]:
-            batches = [batch for batch, _ in zip(loader, range(merge.settings.batches), strict=False)]
-            return [[part.to(device) for part in batch] for batch in batches]
+        def draw(loader: Any = loader) -> Generator[Any, None, None]:
+            return ([part.to(device) for part in batch] for batch in loader)
 
-        merge._look_at(step, draw()[0])
+        merge._look_at(step, next(draw()))
         outcome = merge._finish_task(step, draw)
         if outcome is not None:
             log_merge(trainer, outcome, task)

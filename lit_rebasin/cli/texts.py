@@ -49,11 +49,11 @@ KEYS = """
  --model.backbone PATH       import path of the network; its arguments as --model.backbone.NAME VALUE
  --model.n_features N        width of the backbone's output, if it ends in features and not in logits
  --model.optimizer PATH      import path of the optimizer (torch.optim.AdamW); its arguments as --model.optimizer.NAME VALUE
-
- --model.weighting NAME      examples, or tasks: those replayed weigh as all tasks before, whatever their number (examples)
+ --model.lr_decay F          what the learning rate is multiplied with from one task to the next (1)
  --model.distillation W      weight of how far predictions of replayed examples are from those of the network after the last task (0)
 
  --merge.alpha A             weight of the previous model in [0, 1], or line-search, fisher or layer-fisher (0.8)
+ --merge.combine NAME        average, the point of the path at alpha; or regmean, layers fitted to both networks on the inputs of each (average)
  --merge.method NAME         weights, covariance, frank-wolfe, activations, sinkhorn, straight-through or identity (weights)
  --merge.cost NAME           what sinkhorn minimises: incremental, midpoint, random-point, l2, l1 or cosine (incremental)
  --merge.start NAME          where a task begins: previous, fresh (newly initialised) or perturbed, half of either (previous)

@@ -1,7 +1,7 @@
 """A LightningModule for the common case: classify images, task after task."""
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,8 +24,7 @@ class ContinualClassifier(LightningModule):
         n_features: Width of the backbone's output. ``None``: the backbone ends in logits, and there is no head of ours.
         n_heads: 1, or the number of tasks for a head a task (then ``n_features`` is needed).
         optimizer: Makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
-        weighting: ``"examples"``: the loss is the mean over the batch. ``"tasks"``: in the t-th task the new examples of a batch weigh ``1/t``
-            in all and the replayed ones ``(t-1)/t``, as if every task had brought as many.
+        lr_decay: What the learning rate is multiplied with from one task to the next (Mirzadeh et al., NeurIPS 2020).
         distillation: Weight of how far, over the replayed examples, the network's predictions are from those of the network as it was after
             the last task: the Kullback-Leibler divergence of the softened ones (Hinton et al., 2015). 0 for none. No logits are stored, so
             transformed examples have their own.
@@ -34,7 +33,7 @@ class ContinualClassifier(LightningModule):
     Raises:
         ValueError: If ``n_classes`` or ``n_heads`` is below 1, a number is out of range, or several heads are asked for without
             ``n_features``.
-        MisconfigurationException: In ``fit``, if there is distillation and the datamodule has no tasks.
+        MisconfigurationException: In ``fit``, if there is distillation or decay and the datamodule has no tasks.
     """
 
     _teacher: "ContinualClassifier | None" = None  # the network after the last task
@@ -48,7 +47,7 @@ class ContinualClassifier(LightningModule):
         n_features: int | None = None,
         n_heads: int = 1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        weighting: Literal["examples", "tasks"] = "examples",
+        lr_decay: float = 1.0,
         distillation: float = 0.0,
         temperature: float = 2.0,
     ) -> None:
@@ -60,14 +59,14 @@ class ContinualClassifier(LightningModule):
                 f"n_heads={n_heads} needs n_features, the width of the backbone's output that every head reads: "
                 "pass a backbone without its last layer and n_features=<its width>."
             )
-        if weighting not in ("examples", "tasks"):
-            raise ValueError(f"weighting must be 'examples' or 'tasks', got {weighting!r}.")
+        if not 0 < lr_decay <= 1:
+            raise ValueError(f"lr_decay must lie in (0, 1], got {lr_decay}.")
         if not 0 <= distillation < float("inf"):
             raise ValueError(f"distillation must be a number of at least 0, got {distillation}.")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature}.")
         self.save_hyperparameters(ignore=["backbone", "optimizer"])
-        self.weighting, self.distillation, self.temperature = weighting, distillation, temperature
+        self.lr_decay, self.distillation, self.temperature = lr_decay, distillation, temperature
         self.backbone = backbone
         heads = [] if n_features is None else [nn.Linear(n_features, n_classes) for _ in range(n_heads)]
         self.heads = nn.ModuleList(heads)
@@ -105,10 +104,11 @@ class ContinualClassifier(LightningModule):
         return output
 
     def on_fit_start(self) -> None:
-        """Refuse a datamodule without tasks, if the network after the last one is needed."""
-        if self.distillation and not hasattr(self._data(), "task"):
+        """Refuse a datamodule without tasks, if something depends on them."""
+        if (self.distillation or self.lr_decay < 1) and not hasattr(self._data(), "task"):
             raise MisconfigurationException(
-                f"ContinualClassifier(distillation={self.distillation}) needs a datamodule with tasks, such as ContinualDataModule."
+                f"ContinualClassifier(distillation={self.distillation}, lr_decay={self.lr_decay}) needs a datamodule with tasks, such as "
+                "ContinualDataModule."
             )
 
     def on_train_epoch_start(self) -> None:
@@ -124,8 +124,7 @@ class ContinualClassifier(LightningModule):
         """Return the loss of a batch ``(x, y, task)``: cross-entropy, and how far the network is from the one after the last task."""
         x, y, task = batch
         logits = self(x, task)
-        losses = cross_entropy(logits, y, reduction="none")
-        loss = losses.mean() if self.weighting == "examples" else (_shares_of_tasks(task, losses) * losses).sum()
+        loss = cross_entropy(logits, y)
         # A merge evaluates this step on weights of its own, and asks for the loss of the labels alone.
         if self._teacher is not None and self.training:
             loss = loss + self.distillation * self._divergence(x, task, logits)
@@ -142,7 +141,11 @@ class ContinualClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make a fresh optimizer; called again whenever the stream moves to its next task."""
-        return self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_decay < 1:
+            for group in optimizer.param_groups:
+                group["lr"] *= self.lr_decay ** getattr(self._data(), "task", 0)
+        return optimizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network after the last task, which the rest of this one still needs."""
@@ -179,12 +182,3 @@ class ContinualClassifier(LightningModule):
 
     def _data(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
-
-
-def _shares_of_tasks(task: Tensor, like: Tensor) -> Tensor:
-    """Return weights of the examples that sum to 1: those of the latest task count as one task, the others as all before it."""
-    latest = task.max()  # counted from 0, so it is how many tasks there were before
-    old = (task < latest).to(like)
-    n_old = old.sum()
-    share = (n_old > 0) * latest / (latest + 1)
-    return share * old / n_old.clamp_min(1) + (1 - share) * (1 - old) / (len(task) - n_old)

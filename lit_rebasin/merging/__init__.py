@@ -5,6 +5,7 @@ from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, lay
 from lit_rebasin.merging.fisher import SquaredGradients, diagonal_fisher, zeros_to_sum
 from lit_rebasin.merging.many import ManyMerge, merge_many
 from lit_rebasin.merging.path import LinearPath, PathLosses
+from lit_rebasin.merging.regmean import input_moments, regmean
 from lit_rebasin.merging.repair import repair, repair_many
 from lit_rebasin.merging.reset import reset_batch_norm
 from lit_rebasin.merging.statistics import has_batch_norm, reestimate_batch_norm
@@ -18,11 +19,13 @@ __all__ = [
     "diagonal_fisher",
     "fisher_alpha",
     "has_batch_norm",
+    "input_moments",
     "layer_fisher_alphas",
     "line_search",
     "loss_barrier",
     "merge_many",
     "reestimate_batch_norm",
+    "regmean",
     "repair",
     "repair_many",
     "reset_batch_norm",

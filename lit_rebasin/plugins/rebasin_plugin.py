@@ -1,6 +1,6 @@
 """The merge of `RebasinMerge` for an Avalanche strategy."""
 
-from itertools import islice
+from collections.abc import Generator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -63,9 +63,12 @@ class RebasinPlugin(TaskMerger, SupervisedPlugin):
         statistics: Literal["reestimate", "repair", "rescale", "data-free", "none"] = "reestimate",
         batches: int = 10,
         start: Start = "previous",
+        combine: Literal["average", "regmean"] = "average",
         seed: int = 0,
     ) -> None:
-        super().__init__(MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start))
+        super().__init__(
+            MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start, combine)
+        )
 
     def before_training_exp(self, strategy: SupervisedTemplate, *args: Any, **kwargs: Any) -> None:
         """Compare the network with the one that is remembered, and note what is not trained yet."""
@@ -88,9 +91,8 @@ class RebasinPlugin(TaskMerger, SupervisedPlugin):
     def after_training_exp(self, strategy: SupervisedTemplate, *args: Any, **kwargs: Any) -> None:
         """Merge."""
 
-        def draw() -> list[Any]:
-            drawn = islice(strategy.dataloader, self.settings.batches)
-            return [[part.to(strategy.device) for part in batch] for batch in drawn]
+        def draw() -> Generator[Any, None, None]:
+            return ([part.to(strategy.device) for part in batch] for batch in strategy.dataloader)
 
         self._finish_task(_step(strategy), draw)
 

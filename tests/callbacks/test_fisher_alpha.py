@@ -45,7 +45,7 @@ def test_fisher_alpha_of_the_second_task_is_the_closed_form(tmp_path, norm):
     path = LinearPath(held.previous, moved)
     assert merge.history[0]["alpha"] == pytest.approx(fisher_alpha(path, previous, new), rel=1e-4)
     assert 0 < merge.history[0]["alpha"] < 1
-    for name, diagonal in merge.state_dict()["fisher"].items():
+    for name, diagonal in merge.state_dict()["known"].items():
         torch.testing.assert_close(diagonal, (previous[name[4:]] + new[name[4:]]) / 2, rtol=1e-3, atol=1e-9)
 
     merge = RebasinMerge("layer-fisher", statistics="none")
@@ -66,7 +66,7 @@ def test_fisher_information_is_the_mean_over_the_tasks_and_goes_on_in_a_checkpoi
     for task in range(3):
         make_trainer(tmp_path, held, whole, max_epochs=5).fit(module, batches(task))
         measured.append(fisher(held.trained, task % 2))
-    for name, diagonal in whole.state_dict()["fisher"].items():
+    for name, diagonal in whole.state_dict()["known"].items():
         mean = torch.stack([one[name[4:]] for one in measured]).mean(0)
         torch.testing.assert_close(diagonal, mean, rtol=1e-3, atol=1e-9)
     torch.manual_seed(0)
@@ -114,5 +114,5 @@ def test_a_loss_without_gradients_on_single_examples_has_no_fisher_information(t
 def test_state_of_a_version_without_fisher_information(tmp_path):
     merge = RebasinMerge()
     merged(tmp_path, merge, tasks=1)
-    state = {name: value for name, value in merge.state_dict().items() if not name.startswith("fisher")}
+    state = {name: value for name, value in merge.state_dict().items() if not name.startswith("known")}
     RebasinMerge().load_state_dict(state)

@@ -73,7 +73,7 @@ def scene(tmp_path):
         def __init__(self):
             self.trainer.fit(self.module, DataLoader(self.data, batch_size=20))
             self.step = StepLoss(self.module, self.trainer.precision_plugin)
-            self.batches = draw_batches(self.trainer, 3)
+            self.batches = list(islice(draw_batches(self.trainer), 3))
             self.trained = {name: tensor.clone() for name, tensor in weights_of(self.module).items()}
             self.trained["count"] = torch.tensor(9)
             self.previous = {
@@ -90,7 +90,7 @@ def scene(tmp_path):
             with self.step.quiet():
                 return merge_task(
                     self.step,
-                    draw_batches(self.trainer, settings["batches"]),
+                    lambda: draw_batches(self.trainer),
                     self.trained,
                     self.previous,
                     self.spec,

@@ -197,10 +197,10 @@ def test_tasks_in_parallel_have_no_network_before_them(tmp_path, capsys):
 
 
 def test_a_baseline_has_its_own_loss(tmp_path, capsys):
-    code, _ = run(tmp_path / "out", "--methods", "replay", '--per_method={"replay": {"model.weighting": "tasks"}}')
+    code, _ = run(tmp_path / "out", "--methods", "replay", '--per_method={"replay": {"model.lr_decay": 0.5}}')
     assert code == 2
     assert (
-        "per_method of 'replay': model.weighting would not concern a method that Avalanche runs"
+        "per_method of 'replay': model.lr_decay would not concern a method that Avalanche runs"
         in capsys.readouterr().err
     )
 
