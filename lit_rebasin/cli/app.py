@@ -112,6 +112,12 @@ class ContinualCLI(LightningCLI):
             default=1,
             help="Tasks that `benchmark` trains at a time, in processes of their own, where each begins afresh.",
         )
+        parser.add_argument(
+            "--processes",
+            type=int,
+            default=1,
+            help="Methods and seeds that `benchmark` runs at a time, each in a process of its own.",
+        )
         parser.add_class_arguments(RebasinMerge, "merge")
         parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
         parser.link_arguments("data.n_heads", "model.n_heads", apply_on="instantiate")

@@ -1,36 +1,27 @@
 """Several methods over several seeds on one stream."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from time import perf_counter
+from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
-from typing_extensions import override
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lit_rebasin.callbacks import ModeConnectivity
-from lit_rebasin.callbacks.report import log_accuracies
 from lit_rebasin.cli.app import (
-    QUIET,
     ContinualCLI,
-    Run,
-    build_run,
     hush,
-    log_outcome,
     prepare_folder,
     set_threads,
-    write_record,
 )
-from lit_rebasin.cli.completeness import check_trainer, complete
+from lit_rebasin.cli.completeness import check_trainer
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, check_methods
-from lit_rebasin.cli.parallel_tasks import check_parallel, run_in_parallel
+from lit_rebasin.cli.parallel_tasks import check_parallel
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
-from lit_rebasin.cli.results import Outcome, make_results
-from lit_rebasin.continual import ContinualClassifier
+from lit_rebasin.cli.results import Outcome, Setting, make_results
+from lit_rebasin.cli.runs import Report, run_here, run_side_by_side
 from lit_rebasin.continual.datamodule import LARGEST_SEED
 from lit_rebasin.continual.rebasin_il import check_rebasin_il
 
@@ -60,8 +51,13 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     methods, seeds = _methods(cli.config.methods), _seeds(cli.config.seeds)
     for names in (methods, [*methods, *cli.config.per_method]):
         check_methods(names, 1, "benchmark")
-    if cli.config.parallel_tasks < 1:
-        raise UsageError(f"parallel_tasks must be at least 1, got {cli.config.parallel_tasks}")
+    for name in ("parallel_tasks", "processes"):
+        if cli.config[name] < 1:
+            raise UsageError(f"{name} must be at least 1, got {cli.config[name]}")
+    if cli.config.parallel_tasks > 1 and cli.config.processes > 1:
+        raise UsageError(
+            "--processes runs methods and seeds side by side, --parallel_tasks the tasks of each: choose one"
+        )
     configured = {method: cli.for_method(method) for method in methods}
     for method, own in configured.items():
         check_trainer(vars(own.config.trainer), own.config.data.epochs_per_task)
@@ -69,7 +65,6 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
         _check_options(method, own)
         if METHODS[method].baseline:
             _check_baselines(vars(own.config.trainer))
-            import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
         if own.config.parallel_tasks > 1 and METHODS[method].merge is not None:
             check_parallel(own, method)
     set_threads(cli.config.threads)
@@ -84,18 +79,15 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     try:
         with _progress() as progress:
             bar = progress.add_task("starting", total=len(planned))
-            for done, (method, seed) in enumerate(planned, start=1):
-                place = folder / method / f"seed_{seed}"
-                watch = _Watch(progress, bar, f"{method} · seed {seed}")
-                started = perf_counter()
-                own = configured[method]
-                run = build_run(own, method, seed, place, [watch], **QUIET)
-                write_record(own, run, place)
-                matrix = _matrix(own, run, watch)
-                log_outcome(run, matrix)
-                outcomes.setdefault(method, []).append(Outcome(matrix, perf_counter() - started))
+
+            def report(share: float, text: str) -> None:
+                progress.update(bar, advance=share, description=text)
+
+            finished = _finished(cli, configured, planned, folder, report)
+            for done, ((method, _), (outcome, setting)) in enumerate(zip(planned, finished, strict=True), start=1):
+                outcomes.setdefault(method, []).append(outcome)
                 missing = [f"{name} seed {number}" for name, number in planned[done:]]
-                results = make_results(cli, run, seeds, outcomes, missing)
+                results = make_results(cli, setting, seeds, outcomes, missing)
                 write_results(folder, results)
     except BaseException as error:
         if results:
@@ -110,20 +102,22 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     return results
 
 
-def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch") -> Tensor:
-    """Train a method with a seed, and return its accuracy matrix."""
-    if METHODS[run.record.method].baseline:
-        return _baseline(run, cli.strategy_options(run.record.method), watch)
-    if cli.config.parallel_tasks > 1 and METHODS[run.record.method].merge is not None:
-        return run_in_parallel(
-            cli,
-            run,
-            cli.config.parallel_tasks,
-            cli.config.threads,
-            lambda task, epochs: watch.advance(task, run.n_tasks, epochs, epochs),
-        )
-    run.trainer.fit(run.model, datamodule=run.data)
-    return complete(run.monitor.matrix, run.n_tasks)
+def _finished(
+    cli: ContinualCLI,
+    configured: Mapping[str, ContinualCLI],
+    planned: Sequence[tuple[str, int]],
+    folder: Path,
+    report: Report,
+) -> Iterator[tuple[Outcome, Setting]]:
+    """Run methods with seeds, and yield what each comes to as soon as those before it are finished."""
+    places = [folder / method / f"seed_{seed}" for method, seed in planned]
+    if cli.config.processes == 1:
+        for (method, seed), place in zip(planned, places, strict=True):
+            yield run_here(configured[method], method, seed, place, report)
+        return
+    for number, found in enumerate(run_side_by_side(cli, planned, places, cli.config.processes), start=1):
+        report(1, f"{number} of {len(planned)} runs")
+        yield found
 
 
 def _check_options(method: str, cli: ContinualCLI) -> None:
@@ -173,25 +167,6 @@ def _check_baselines(options: Mapping[str, Any]) -> None:
             )
 
 
-def _baseline(run: Run, options: dict[str, Any], watch: "_Watch") -> Tensor:
-    from lit_rebasin.continual.baselines import run_baseline  # Avalanche is slow to import
-
-    def report(matrix: Tensor, task: int) -> None:
-        log_accuracies(run.trainer.loggers, matrix, task)
-
-    assert isinstance(run.model, ContinualClassifier)  # as all baselines train
-    return run_baseline(
-        run.record.method,
-        run.model,
-        run.data,
-        options=options,
-        n_tasks=run.n_tasks,
-        device=run.trainer.strategy.root_device,
-        on_epoch=lambda task: watch.advance(task, run.n_tasks, run.data.epochs_per_task),
-        on_task=report,
-    )
-
-
 def _methods(given: list[str] | str | None) -> list[str]:
     names = given.split(",") if isinstance(given, str) else given or []
     names = list(dict.fromkeys(name.strip() for name in names))
@@ -212,27 +187,3 @@ def _seeds(given: list[int] | int | str | None) -> list[int]:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
-
-
-class _Watch(pl.Callback):
-    """Moves the progress bar on, and says what is running."""
-
-    def __init__(self, progress: Progress, bar: TaskID, title: str) -> None:
-        self.progress, self.bar, self.title = progress, bar, title
-
-    @override
-    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._describe(data.task, data.n_tasks)
-
-    @override
-    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self.progress.advance(self.bar, 1 / (trainer.max_epochs or 1))
-
-    def advance(self, task: int, n_tasks: int, epochs_per_task: int, epochs: int = 1) -> None:
-        """Note epochs that Lightning knows nothing of."""
-        self._describe(task, n_tasks)
-        self.progress.advance(self.bar, epochs / (n_tasks * epochs_per_task))
-
-    def _describe(self, task: int, n_tasks: int) -> None:
-        self.progress.update(self.bar, description=f"{self.title} · task {task + 1}/{n_tasks}")

@@ -23,9 +23,25 @@ class Outcome:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a benchmark have in common, as it was filled in."""
+
+    benchmark: str
+    scenario: str
+    n_tasks: int
+    trainer: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, run: Run) -> "Setting":
+        """Return that of a run."""
+        trainer = {name: run.config.trainer[name] for name in FILLED}
+        return cls(run.data.stream.name, run.data.stream.scenario, run.data.n_tasks, trainer)
+
+
 def make_results(
     cli: ContinualCLI,
-    run: Run,
+    setting: Setting,
     seeds: Sequence[int],
     outcomes: Mapping[str, Sequence[Outcome]],
     missing: Sequence[str],
@@ -34,7 +50,7 @@ def make_results(
 
     Args:
         cli: The parsed configuration.
-        run: Any of the runs; all have the same stream and Trainer.
+        setting: Of any of the runs.
         seeds: Those asked for.
         outcomes: By method, one for each of the first seeds.
         missing: The runs that are not finished, in words.
@@ -42,10 +58,10 @@ def make_results(
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
     for key in ("methods", "seeds", "method", "seed_everything", "output_dir", "overwrite", "ckpt_path"):
         config.pop(key, None)
-    config["trainer"] |= {name: run.config.trainer[name] for name in FILLED}
-    config["data"] |= {"n_tasks": run.data.n_tasks, "scenario": run.data.stream.scenario}
+    config["trainer"] |= setting.trainer
+    config["data"] |= {"n_tasks": setting.n_tasks, "scenario": setting.scenario}
     return {
-        "benchmark": run.data.stream.name,
+        "benchmark": setting.benchmark,
         "n_tasks": len(next(iter(outcomes.values()))[0].matrix),
         "protocol": {
             **config,

@@ -34,6 +34,7 @@ KEYS = """
  --output_dir DIR            where results, logs and checkpoints go (runs)
  --data_dir DIR              folder of the data sets (data), or the .npz of the benchmark arrays
  --threads N                 CPU threads; a small network is fastest with 1
+ --processes N               runs of benchmark at a time, each in a process of its own (1)
 
  --data.benchmark NAME       rotated-digits, rotated-mnist, permuted-mnist, split-mnist, rotated-fashion-mnist, split-cifar10,
                              split-cifar100 or arrays (rotated-digits)

@@ -170,6 +170,44 @@ def test_fit_names_what_it_cannot_run(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_runs_in_processes_of_their_own_give_the_figures_of_runs_in_turn(tmp_path):
+    words = [
+        "--methods",
+        "replay,rebasin",
+        "--seeds=0,1",
+        "--threads=1",
+        '--per_method={"rebasin": {"merge.alpha": 0.3}}',
+    ]
+    found = [run(tmp_path / str(n), *words, f"--processes={n}")[1] for n in (1, 2)]
+    for results in found:
+        assert results["protocol"]["missing"] == []
+        for key in ("processes", "command"):
+            results["protocol"].pop(key)
+        for numbers in results["methods"].values():
+            assert len(numbers.pop("seconds")) == 2
+    assert found[0] == found[1]
+    for place in ("rebasin/seed_1/config.yaml", "replay/seed_0/tensorboard"):
+        assert (tmp_path / "2" / place).exists()
+    assert "alpha: 0.3" in (tmp_path / "2" / "rebasin" / "seed_1" / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_in_a_process_of_its_own_is_told(tmp_path, capsys):
+    code, _ = run(tmp_path / "out", "--methods", "finetune,rebasin", "--processes=2", "--model.backbone.input_size=60")
+    assert code == 1
+    assert "shape '[64, 60]' is invalid" in capsys.readouterr().err
+
+
+def test_processes_for_runs_or_for_tasks(tmp_path, capsys):
+    words = ["--methods", "rebasin", "--parallel_tasks=2", "--processes=2", "--merge.start=fresh"]
+    assert run(tmp_path / "out", *words)[0] == 2
+    assert "choose one" in capsys.readouterr().err
+    assert run(tmp_path / "out", "--processes=0")[0] == 2
+    assert "processes must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_tasks_in_parallel_give_the_figures_of_tasks_in_turn(tmp_path):
     words = ["--methods", "average,rebasin", "--merge.start=fresh", "--model.backbone.drop_rate=0"]
     found = [run(tmp_path / str(n), *words, f"--parallel_tasks={n}", "--threads=1")[1]["methods"] for n in (1, 2)]

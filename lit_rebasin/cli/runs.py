@@ -1,0 +1,119 @@
+"""One method with one seed, from the configuration to its accuracy matrix, here or in a process of its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lit_rebasin.callbacks.report import log_accuracies
+from lit_rebasin.cli.app import QUIET, ContinualCLI, Run, build_run, hush, log_outcome, set_threads, write_record
+from lit_rebasin.cli.completeness import complete
+from lit_rebasin.cli.methods import METHODS
+from lit_rebasin.cli.parallel_tasks import run_in_parallel
+from lit_rebasin.cli.results import Outcome, Setting
+from lit_rebasin.continual import ContinualClassifier
+
+# Called with the share of a run that is done since the last call, and where it is.
+Report = Callable[[float, str], None]
+
+
+def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Report) -> tuple[Outcome, Setting]:
+    """Train a method with a seed; its logs and configuration go to ``folder``."""
+    if METHODS[method].baseline:
+        import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
+    started = perf_counter()
+    watch = _Watch(report, f"{method} · seed {seed}")
+    run = build_run(cli, method, seed, folder, [watch], **QUIET)
+    write_record(cli, run, folder)
+    matrix = _matrix(cli, run, watch)
+    log_outcome(run, matrix)
+    return Outcome(matrix, perf_counter() - started), Setting.of(run)
+
+
+def run_side_by_side(
+    cli: ContinualCLI, planned: Sequence[tuple[str, int]], places: Sequence[Path], processes: int
+) -> Iterator[tuple[Outcome, Setting]]:
+    """Yield what every method with its seed comes to, in their order, run in several processes at a time."""
+    jobs = [
+        (cli.arguments, method, seed, place, cli.config.threads)
+        for (method, seed), place in zip(planned, places, strict=True)
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_in_process, job) for job in jobs]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_process(job: tuple[list[str], str, int, Path, int | None]) -> tuple[Outcome, Setting]:
+    words, method, seed, place, threads = job
+    set_threads(threads)
+    hush()
+    return run_here(ContinualCLI("benchmark", words).for_method(method), method, seed, place, lambda share, text: None)
+
+
+def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch") -> Tensor:
+    """Train a method with a seed, and return its accuracy matrix."""
+    if METHODS[run.record.method].baseline:
+        return _baseline(run, cli.strategy_options(run.record.method), watch)
+    if cli.config.parallel_tasks > 1 and METHODS[run.record.method].merge is not None:
+        return run_in_parallel(
+            cli,
+            run,
+            cli.config.parallel_tasks,
+            cli.config.threads,
+            lambda task, epochs: watch.advance(task, run.n_tasks, epochs, epochs),
+        )
+    run.trainer.fit(run.model, datamodule=run.data)
+    return complete(run.monitor.matrix, run.n_tasks)
+
+
+def _baseline(run: Run, options: dict[str, Any], watch: "_Watch") -> Tensor:
+    from lit_rebasin.continual.baselines import run_baseline  # Avalanche is slow to import
+
+    def report(matrix: Tensor, task: int) -> None:
+        log_accuracies(run.trainer.loggers, matrix, task)
+
+    assert isinstance(run.model, ContinualClassifier)  # as all baselines train
+    return run_baseline(
+        run.record.method,
+        run.model,
+        run.data,
+        options=options,
+        n_tasks=run.n_tasks,
+        device=run.trainer.strategy.root_device,
+        on_epoch=lambda task: watch.advance(task, run.n_tasks, run.data.epochs_per_task),
+        on_task=report,
+    )
+
+
+class _Watch(pl.Callback):
+    """Reports how far a run is."""
+
+    def __init__(self, report: Report, title: str) -> None:
+        self.report, self.title = report, title
+
+    @override
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.report(0, self._place(data.task, data.n_tasks))
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.report(1 / (trainer.max_epochs or 1), self._place(data.task, data.n_tasks))
+
+    def advance(self, task: int, n_tasks: int, epochs_per_task: int, epochs: int = 1) -> None:
+        """Note epochs that Lightning knows nothing of."""
+        self.report(epochs / (n_tasks * epochs_per_task), self._place(task, n_tasks))
+
+    def _place(self, task: int, n_tasks: int) -> str:
+        return f"{self.title} · task {task + 1}/{n_tasks}"
