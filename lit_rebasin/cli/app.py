@@ -122,6 +122,15 @@ class ContinualCLI(LightningCLI):
         parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
         parser.link_arguments("data.n_heads", "model.n_heads", apply_on="instantiate")
 
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, such that an optimizer of another class has its own defaults and not those of the one in its place."""
+        super().parse_arguments(parser, args)
+        chosen = self.config.model.optimizer.class_path
+        if chosen != parser.get_defaults().model.optimizer.class_path:
+            parser.set_defaults({"model.optimizer": {"class_path": chosen}})
+            super().parse_arguments(parser, args)
+
     def for_method(self, method: str) -> "ContinualCLI":
         """Return the configuration of a method of `benchmark`: what ``per_method`` says of it is read like words of the command line."""
         own = self.config.per_method.get(method, {})

@@ -275,3 +275,18 @@ def test_what_a_class_refuses_of_one_method_is_said_before_another_runs(tmp_path
     assert "per_method of 'rebasin'" in error
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.optimizer.lr=0.1"], ("AdamW", 0.1, 0.01)),
+        (["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1"], ("SGD", 0.1, 0.0)),
+        (["--model.optimizer=torch.optim.SGD", "--model.optimizer.weight_decay=0.3"], ("SGD", 0.001, 0.3)),
+    ],
+)
+def test_an_optimizer_of_another_class_has_its_own_defaults(tmp_path, words, expected):
+    cli = ContinualCLI("benchmark", [*SMALL[1:], *words])
+    optimizer = build_run(cli, "finetune", 0, tmp_path, []).model.configure_optimizers()
+    group = optimizer.param_groups[0]
+    assert (type(optimizer).__name__, group["lr"], group["weight_decay"]) == expected
