@@ -146,7 +146,7 @@ class ContinualCLI(LightningCLI):
     def _check_arguments(self) -> None:
         """Say what classes refuse before any run, also one that does without them."""
         RebasinMerge(**self.config.merge.as_dict())
-        loss = {name: self.config.model[name] for name in ("lr_decay", "distillation", "temperature")}
+        loss = {name: self.config.model[name] for name in ("weighting", "lr_decay", "distillation", "temperature")}
         ContinualClassifier(nn.Identity(), **loss)
         transform = self.config.data.replay_transform
         if transform is not None:

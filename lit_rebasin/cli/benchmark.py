@@ -31,7 +31,7 @@ PROTOCOL = (
     "data_dir",
 )
 # Of our own training step.
-LEARNING = ("model.lr_decay", "model.distillation", "model.temperature", "data.replay_transform")
+LEARNING = ("model.weighting", "model.lr_decay", "model.distillation", "model.temperature", "data.replay_transform")
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:

@@ -50,6 +50,7 @@ KEYS = """
  --model.backbone PATH       import path of the network; its arguments as --model.backbone.NAME VALUE
  --model.n_features N        width of the backbone's output, if it ends in features and not in logits
  --model.optimizer PATH      import path of the optimizer (torch.optim.AdamW); its arguments as --model.optimizer.NAME VALUE
+ --model.weighting NAME      examples, or tasks: those replayed weigh as all tasks before, whatever their number (examples)
  --model.lr_decay F          what the learning rate is multiplied with from one task to the next (1)
  --model.distillation W      weight of how far predictions of replayed examples are from those of the network after the last task (0)
 

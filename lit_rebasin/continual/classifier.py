@@ -1,7 +1,7 @@
 """A LightningModule for the common case: classify images, task after task."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +24,8 @@ class ContinualClassifier(LightningModule):
         n_features: Width of the backbone's output. ``None``: the backbone ends in logits, and there is no head of ours.
         n_heads: 1, or the number of tasks for a head a task (then ``n_features`` is needed).
         optimizer: Makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
+        weighting: ``"examples"``: the loss is the mean over the batch. ``"tasks"``: in the t-th task the new examples of a batch weigh ``1/t``
+            in all and the replayed ones ``(t-1)/t``, as if every task had brought as many.
         lr_decay: What the learning rate is multiplied with from one task to the next (Mirzadeh et al., NeurIPS 2020).
         distillation: Weight of how far, over the replayed examples, the network's predictions are from those of the network as it was after
             the last task: the Kullback-Leibler divergence of the softened ones (Hinton et al., 2015). 0 for none. No logits are stored, so
@@ -47,6 +49,7 @@ class ContinualClassifier(LightningModule):
         n_features: int | None = None,
         n_heads: int = 1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
+        weighting: Literal["examples", "tasks"] = "examples",
         lr_decay: float = 1.0,
         distillation: float = 0.0,
         temperature: float = 2.0,
@@ -59,6 +62,8 @@ class ContinualClassifier(LightningModule):
                 f"n_heads={n_heads} needs n_features, the width of the backbone's output that every head reads: "
                 "pass a backbone without its last layer and n_features=<its width>."
             )
+        if weighting not in ("examples", "tasks"):
+            raise ValueError(f"weighting must be 'examples' or 'tasks', got {weighting!r}.")
         if not 0 < lr_decay <= 1:
             raise ValueError(f"lr_decay must lie in (0, 1], got {lr_decay}.")
         if not 0 <= distillation < float("inf"):
@@ -66,6 +71,7 @@ class ContinualClassifier(LightningModule):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature}.")
         self.save_hyperparameters(ignore=["backbone", "optimizer"])
+        self.weighting = weighting
         self.lr_decay, self.distillation, self.temperature = lr_decay, distillation, temperature
         self.backbone = backbone
         heads = [] if n_features is None else [nn.Linear(n_features, n_classes) for _ in range(n_heads)]
@@ -124,7 +130,8 @@ class ContinualClassifier(LightningModule):
         """Return the loss of a batch ``(x, y, task)``: cross-entropy, and how far the network is from the one after the last task."""
         x, y, task = batch
         logits = self(x, task)
-        loss = cross_entropy(logits, y)
+        losses = cross_entropy(logits, y, reduction="none")
+        loss = losses.mean() if self.weighting == "examples" else (_shares_of_tasks(task, losses) * losses).sum()
         # A merge evaluates this step on weights of its own, and asks for the loss of the labels alone.
         if self._teacher is not None and self.training:
             loss = loss + self.distillation * self._divergence(x, task, logits)
@@ -182,3 +189,12 @@ class ContinualClassifier(LightningModule):
 
     def _data(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
+
+
+def _shares_of_tasks(task: Tensor, like: Tensor) -> Tensor:
+    """Return weights of the examples that sum to 1: those of the latest task count as one task, the others as all before it."""
+    latest = task.max()  # counted from 0, so it is how many tasks there were before
+    old = (task < latest).to(like)
+    n_old = old.sum()
+    share = (n_old > 0) * latest / (latest + 1)
+    return share * old / n_old.clamp_min(1) + (1 - share) * (1 - old) / (len(task) - n_old)

@@ -55,6 +55,24 @@ class Watch(pl.Callback):
             self.ends.append(copy.deepcopy(module.state_dict()))
 
 
+@pytest.mark.parametrize("tasks", [[3] * 6 + [0, 1, 2], [1, 0, 1, 0, 0, 1, 1], [7, 7, 7, 7, 2]])
+def test_new_examples_weigh_as_one_task_and_replayed_ones_as_those_before_it(tasks):
+    model = network(weighting="tasks").eval().double()
+    x, y, task = batch(tasks)
+    new, before = task == max(tasks), max(tasks)
+    logits = model(x.double(), task)
+    parts = [cross_entropy(logits[part], y[part]) for part in (new, ~new)]
+    expected = (parts[0] + before * parts[1]) / (before + 1)
+    torch.testing.assert_close(loss_of(model, tasks, double=True), expected)
+
+
+@pytest.mark.parametrize("weighting", ["examples", "tasks"])
+def test_a_batch_of_one_task_is_averaged(weighting):
+    model = network(weighting=weighting).eval()
+    x, y, task = batch([4] * 7)
+    torch.testing.assert_close(loss_of(model, [4] * 7), cross_entropy(model(x, task), y))
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_every_task_has_a_learning_rate_lower_by_the_decay(first, tmp_path):
     class Rates(pl.Callback):
@@ -130,25 +148,26 @@ def test_the_teacher_is_neither_trained_nor_merged_nor_counted():
 
 def test_a_merge_sees_the_loss_of_the_labels_alone():
     tasks = [2] * 6 + [0, 1, 0]
-    model = network(distillation=5.0)
+    model = network(weighting="tasks", distillation=5.0)
     model._teach(network())
     for parameter in model._teacher.parameters():
         nn.init.normal_(parameter)
     step = StepLoss(model, pl.Trainer(logger=False, enable_checkpointing=False).precision_plugin)
     with step.quiet():
         seen = step.loss(list(batch(tasks)))
-    torch.testing.assert_close(seen, loss_of(network().eval(), tasks))
+    torch.testing.assert_close(seen, loss_of(network(weighting="tasks").eval(), tasks))
 
 
-def test_it_changes_what_is_learned_and_the_symmetries_stay_the_same():
+def test_both_change_what_is_learned_and_the_symmetries_stay_the_same():
     found, weights = [], []
-    for options in ({}, {"distillation": 0.5}):
+    for options in ({}, {"weighting": "tasks"}, {"distillation": 0.5}):
         model, merge = network(**options), RebasinMerge(method="sinkhorn", options={"steps": 2})
         walk(model, stream(), merge, tasks=3)
         found.append(merge.spec)
         weights.append(model.backbone[1].weight.detach())
-    assert found[0].to_json() == found[1].to_json()
+    assert found[0].to_json() == found[1].to_json() == found[2].to_json()
     assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_a_fit_resumed_within_a_task_goes_on_as_it_would_have(tmp_path):
@@ -197,6 +216,7 @@ def test_every_head_has_its_own_targets():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"weighting": "classes"}, "weighting must be 'examples' or 'tasks', got 'classes'"),
         ({"lr_decay": 0.0}, r"lr_decay must lie in \(0, 1\], got 0.0"),
         ({"lr_decay": 1.5}, r"lr_decay must lie in \(0, 1\], got 1.5"),
         ({"distillation": -1.0}, "distillation must be a number of at least 0, got -1.0"),
