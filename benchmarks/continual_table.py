@@ -1,14 +1,17 @@
 """What do the methods come to on all benchmarks? One table of the results of `lit-rebasin benchmark`.
 
-Reads docs/results/NAME/results.json of every benchmark named, prints the table and writes it into docs/results/continual.md. Run:
+Reads docs/results/NAME/results.json of every benchmark named, prints the table and writes it into docs/results/continual.md, with a picture
+of each benchmark beside it. Methods that were run apart are joined by a plus. Run:
 
-    python benchmarks/continual_table.py rotated_mnist permuted_mnist_online
+    python benchmarks/continual_table.py rotated_mnist+rotated_mnist_baselines permuted_mnist_online
 """
 
 import argparse
 import json
 from pathlib import Path
 from statistics import mean, stdev
+
+import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
@@ -20,13 +23,54 @@ def cell(values):
     return f"{mean(shares):.1f}" + (f" ± {stdev(shares):.1f}" if len(shares) > 1 else "")
 
 
+def joined(folders):
+    """Return the numbers of all methods of some folders, whose protocols must be one."""
+    methods, protocols = {}, []
+    for folder in folders:
+        results = json.loads((RESULTS / folder / "results.json").read_text())
+        methods |= results["methods"]
+        protocols.append(
+            {key: results["protocol"][key] for key in ("data", "model", "seeds", "per_method", "versions")}
+        )
+    if any(protocol != protocols[0] for protocol in protocols):
+        raise SystemExit(f"{folders} are of different protocols")
+    return methods
+
+
+def draw(found):
+    """Draw the average accuracy over the tasks so far of every benchmark."""
+    every = dict.fromkeys(method for methods in found.values() for method in methods)
+    colors = {method: f"C{number}" for number, method in enumerate(every)}
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.8), squeeze=False)
+    for panel, (name, methods) in zip(axes[0], found.items(), strict=True):
+        for method, numbers in methods.items():
+            curves = [[mean(row[: t + 1]) for t, row in enumerate(matrix)] for matrix in numbers["accuracy_matrix"]]
+            middle = [100 * mean(values) for values in zip(*curves, strict=True)]
+            # The two that may coincide are told apart by dots upon the line.
+            style = (
+                {"linestyle": ":", "color": "black", "zorder": 3} if method == "average" else {"color": colors[method]}
+            )
+            panel.plot(range(1, len(middle) + 1), middle, label=method, **style)
+        panel.set(
+            title=name.split("+")[0].replace("_", " "),
+            xlabel="tasks learned",
+            ylabel="average accuracy %",
+            ylim=(40, 100),
+        )
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "continual.png", dpi=150)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+")
     names = parser.parse_args().names
-    found = {name: json.loads((RESULTS / name / "results.json").read_text())["methods"] for name in names}
+    found = {name: joined(name.split("+")) for name in names}
     methods = list(dict.fromkeys(method for name in names for method in found[name]))
-    heads = [f"[{name}]({name}/results.md)" for name in names]
+    heads = [" and ".join(f"[{part}]({part}/results.md)" for part in name.split("+")) for name in names]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(names)]
     for method in methods:
         cells = []
@@ -39,6 +83,7 @@ def main():
             )
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     print("\n".join(lines))
+    draw(found)
     page = RESULTS / "continual.md"
     text = page.read_text()
     before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
