@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from lit_rebasin import align, permutation_spec, permute
+from lit_rebasin import LinearPath, align, input_moments, permutation_spec, permute, regmean
 from lit_rebasin.plugins import RebasinPlugin
 
 X = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
@@ -97,10 +97,24 @@ def test_merge_is_that_of_the_public_functions():
         torch.testing.assert_close(ours_now, 0.3 * before + 0.7 * after)
 
 
+def test_merge_by_regmean_is_that_of_the_public_functions():
+    held, ours = Held(), RebasinPlugin(alpha=0.3, combine="regmean")
+    merged = run([held, ours]).model
+    spec = permutation_spec(held.trained, X[:2])
+    found = align(held.trained, held.previous, method="weights", spec=spec, seed=1)
+    moved = permute(held.trained, spec, found.permutations)
+    assert found.moved > 10
+    moments = [input_moments(model, model, [X]) for model in (held.previous, moved)]
+    expected = regmean(LinearPath(held.previous, moved), *moments, alpha=0.3)
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"method": "identity"},
+        {"combine": "regmean", "alpha": 0.5, "method": "covariance", "statistics": "repair"},
         {"method": "covariance"},
         {"method": "activations", "statistics": "repair"},
         {"method": "frank-wolfe", "alpha": "line-search"},
