@@ -29,9 +29,9 @@ def joined(folders):
     for folder in folders:
         results = json.loads((RESULTS / folder / "results.json").read_text())
         methods |= results["methods"]
-        protocols.append(
-            {key: results["protocol"][key] for key in ("data", "model", "seeds", "per_method", "versions")}
-        )
+        protocol = results["protocol"]
+        shared = {key: protocol[key] for key in ("data", "seeds", "per_method", "versions")}
+        protocols.append(shared | {key: protocol["model"][key] for key in ("backbone", "optimizer")})
     if any(protocol != protocols[0] for protocol in protocols):
         raise SystemExit(f"{folders} are of different protocols")
     return methods
