@@ -37,18 +37,18 @@ def input_moments(
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows = _rows(layer, inputs[0].detach()).float()
-            rows = pad(rows, (0, 1), value=1.0)
-            totals[name] = totals.get(name, 0) + rows.T @ rows
-            counts[name] = counts.get(name, 0) + len(rows)
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = inputs[0] if inputs else named["input"]
+            seen = pad(_rows(layer, x.detach()).float(), (0, 1), value=1.0)
+            totals[name] = totals.get(name, 0) + seen.T @ seen
+            counts[name] = counts.get(name, 0) + len(seen)
 
         return hook
 
     with torch.no_grad(), hooks() as handles:
         for name, layer in _layers(model).items():
-            handles.append(layer.register_forward_pre_hook(watch(name)))
+            handles.append(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
         for batch in batches:
             forward(batch)
             if rows is not None and totals and all(counts[name] >= rows * len(totals[name]) for name in totals):

@@ -55,6 +55,11 @@ def test_a_layer_that_runs_twice_has_the_moments_of_both():
     torch.testing.assert_close(found, moment(torch.cat([x, layer(x).detach()])))
 
 
+def test_an_input_may_be_given_by_its_name():
+    layer, x = nn.Linear(3, 2), torch.randn(10, 3)
+    torch.testing.assert_close(input_moments(layer, lambda batch: layer(input=batch), [x])["weight"], moment(x))
+
+
 def test_reading_stops_at_enough_rows_for_every_layer():
     model = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2))
     torch.manual_seed(0)
