@@ -146,7 +146,8 @@ class ContinualCLI(LightningCLI):
     def _check_arguments(self) -> None:
         """Say what classes refuse before any run, also one that does without them."""
         RebasinMerge(**self.config.merge.as_dict())
-        loss = {name: self.config.model[name] for name in ("weighting", "lr_decay", "distillation", "temperature")}
+        names = ("weighting", "lr_decay", "distillation", "temperature", "mixup")
+        loss = {name: self.config.model[name] for name in names}
         ContinualClassifier(nn.Identity(), **loss)
         transform = self.config.data.replay_transform
         if transform is not None:

@@ -31,7 +31,10 @@ PROTOCOL = (
     "data_dir",
 )
 # Of our own training step.
-LEARNING = ("model.weighting", "model.lr_decay", "model.distillation", "model.temperature", "data.replay_transform")
+LEARNING = (
+    *(f"model.{name}" for name in ("weighting", "lr_decay", "distillation", "temperature", "mixup")),
+    "data.replay_transform",
+)
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:

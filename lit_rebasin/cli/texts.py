@@ -53,6 +53,7 @@ KEYS = """
  --model.weighting NAME      examples, or tasks: those replayed weigh as all tasks before, whatever their number (examples)
  --model.lr_decay F          what the learning rate is multiplied with from one task to the next (1)
  --model.distillation W      weight of how far predictions of replayed examples are from those of the network after the last task (0)
+ --model.mixup true          on mixtures of replayed images with new ones (false)
 
  --merge.alpha A             weight of the previous model in [0, 1], or line-search, fisher or layer-fisher (0.8)
  --merge.combine NAME        average, the point of the path at alpha; or regmean, layers fitted to both networks on the inputs of each (average)

@@ -31,6 +31,8 @@ class ContinualClassifier(LightningModule):
             the last task: the Kullback-Leibler divergence of the softened ones (Hinton et al., 2015). 0 for none. No logits are stored, so
             transformed examples have their own.
         temperature: By which logits are divided to soften them, and its square multiplies the divergence.
+        mixup: Distil not on the replayed images but on mixtures of each with a new one (mixup, Zhang et al., ICLR 2018, for distillation as in
+            Beyer et al., CVPR 2022). The replayed image's part is spread evenly over [1/2, 1].
 
     Raises:
         ValueError: If ``n_classes`` or ``n_heads`` is below 1, a number is out of range, or several heads are asked for without
@@ -53,6 +55,7 @@ class ContinualClassifier(LightningModule):
         lr_decay: float = 1.0,
         distillation: float = 0.0,
         temperature: float = 2.0,
+        mixup: bool = False,
     ) -> None:
         super().__init__()
         if n_classes < 1 or n_heads < 1:
@@ -73,6 +76,7 @@ class ContinualClassifier(LightningModule):
         self.save_hyperparameters(ignore=["backbone", "optimizer"])
         self.weighting = weighting
         self.lr_decay, self.distillation, self.temperature = lr_decay, distillation, temperature
+        self.mixup = mixup
         self.backbone = backbone
         heads = [] if n_features is None else [nn.Linear(n_features, n_classes) for _ in range(n_heads)]
         self.heads = nn.ModuleList(heads)
@@ -169,14 +173,20 @@ class ContinualClassifier(LightningModule):
             self._taught = checkpoint["teacher"]["task"]
 
     def _divergence(self, x: Tensor, task: Tensor, logits: Tensor) -> Tensor:
-        """Return how far softened predictions are from the teacher's, as a mean over replayed examples."""
+        """Return how far softened predictions are from the teacher's, as a mean over replayed examples or mixtures with them."""
         assert self._teacher is not None
         old = task < task.max()
         if not old.any():
             return logits.new_zeros(())
+        images, head = x[old], task[old]
+        if self.mixup:
+            images = _mixtures(images, x[~old])
+            logits = self(images, head)
+        else:
+            logits = logits[old]
         with torch.no_grad():
-            target = log_softmax(self._teacher(x[old], task[old]) / self.temperature, 1)
-        given = log_softmax(logits[old] / self.temperature, 1)
+            target = log_softmax(self._teacher(images, head) / self.temperature, 1)
+        given = log_softmax(logits / self.temperature, 1)
         return self.temperature**2 * kl_div(given, target, reduction="batchmean", log_target=True)
 
     def _teach(self, teacher: "ContinualClassifier") -> None:
@@ -189,6 +199,13 @@ class ContinualClassifier(LightningModule):
 
     def _data(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
+
+
+def _mixtures(replayed: Tensor, new: Tensor) -> Tensor:
+    """Return each replayed image mixed with a new one; which ones meet, and how much of each there is, is random as the batch's order is."""
+    partners = new[torch.arange(len(replayed), device=new.device) % len(new)]
+    share = torch.linspace(0.5, 1, len(replayed), device=new.device, dtype=new.dtype)
+    return torch.lerp(partners, replayed, share.reshape(-1, *[1] * (replayed.ndim - 1)))
 
 
 def _shares_of_tasks(task: Tensor, like: Tensor) -> Tensor:

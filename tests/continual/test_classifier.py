@@ -111,6 +111,25 @@ def test_distillation_is_the_divergence_of_softened_predictions_over_replayed_ex
     torch.testing.assert_close(loss_of(model, tasks, double=True), expected)
 
 
+def test_mixtures_are_of_replayed_images_with_new_ones_in_even_steps():
+    tasks = [2, 2, 0, 0, 1]  # fewer new ones than replayed ones
+    model, teacher = network(distillation=0.3, temperature=3.0, mixup=True).double(), network().double()
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter)
+    model.backbone[3].p = 0.0
+    teacher.eval()
+    model._teach(teacher)
+    x, y, _ = batch(tasks)
+    x = x.double()
+    mixed = torch.stack([(x[2] + x[0]) / 2, 0.75 * x[3] + 0.25 * x[1], x[4]])
+    terms = []
+    for image in mixed:
+        ours, theirs = (net(image[None])[0].div(3).softmax(0).tolist() for net in (model, teacher))
+        terms.append(sum(q * math.log(q / p) for p, q in zip(ours, theirs, strict=True)))
+    expected = cross_entropy(model(x), y) + 0.3 * 9 * sum(terms) / len(terms)
+    torch.testing.assert_close(loss_of(model, tasks, double=True), expected)
+
+
 def test_a_network_that_agrees_with_its_teacher_pays_nothing():
     tasks = [1] * 3 + [0] * 5
     model = network(distillation=7.0)
