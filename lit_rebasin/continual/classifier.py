@@ -29,7 +29,8 @@ class ContinualClassifier(LightningModule):
         lr_decay: What the learning rate is multiplied with from one task to the next (Mirzadeh et al., NeurIPS 2020).
         distillation: Weight of how far, over the replayed examples, the network's predictions are from those of the network as it was after
             the last task: the Kullback-Leibler divergence of the softened ones (Hinton et al., 2015). 0 for none. No logits are stored, so
-            transformed examples have their own.
+            transformed examples have their own. With a head a task it is the mean over the heads of old tasks, and over new examples too
+            (Li and Hoiem, 2017).
         temperature: By which logits are divided to soften them, and its square multiplies the divergence.
         mixup: Distil not on the replayed images but on mixtures of each with a new one (mixup, Zhang et al., ICLR 2018, for distillation as in
             Beyer et al., CVPR 2022). The replayed image's part is spread evenly over [1/2, 1].
@@ -85,7 +86,10 @@ class ContinualClassifier(LightningModule):
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
         """Return the logits ``(B, n_classes)`` of images ``x``; ``task`` (B,) picks the head of each where there are several."""
-        features = self.backbone(x)
+        return self._read_out(self.backbone(x), task)
+
+    def _read_out(self, features: Tensor, task: Tensor | None) -> Tensor:
+        """Return the logits of what the backbone made of images."""
         if len(self.heads) == 0:
             return self._logits(features)
         if len(self.heads) == 1:
@@ -96,8 +100,8 @@ class ContinualClassifier(LightningModule):
             torch.compiler.is_exporting()
         ):  # a loop over the tasks present depends on data, which an export cannot follow
             every = torch.stack([head(features) for head in self.heads], dim=1)
-            return every[torch.arange(len(x)), task]
-        logits = features.new_empty(len(x), int(self.hparams["n_classes"]))
+            return every[torch.arange(len(features)), task]
+        logits = features.new_empty(len(features), int(self.hparams["n_classes"]))
         # Only the heads of tasks present are called: the others get no gradient, so no optimizer moves them.
         for t in task.unique().tolist():
             chosen = task == t
@@ -133,12 +137,13 @@ class ContinualClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch ``(x, y, task)``: cross-entropy, and how far the network is from the one after the last task."""
         x, y, task = batch
-        logits = self(x, task)
+        features = self.backbone(x)
+        logits = self._read_out(features, task)
         losses = cross_entropy(logits, y, reduction="none")
         loss = losses.mean() if self.weighting == "examples" else (_shares_of_tasks(task, losses) * losses).sum()
         # A merge evaluates this step on weights of its own, and asks for the loss of the labels alone.
         if self._teacher is not None and self.training:
-            loss = loss + self.distillation * self._divergence(x, task, logits)
+            loss = loss + self.distillation * self._divergence(x, task, features)
         self.log("train_loss", loss, prog_bar=True)
         self.log("train_acc", (logits.argmax(1) == y).float().mean())
         return loss
@@ -172,22 +177,29 @@ class ContinualClassifier(LightningModule):
             self._teach(teacher)
             self._taught = checkpoint["teacher"]["task"]
 
-    def _divergence(self, x: Tensor, task: Tensor, logits: Tensor) -> Tensor:
-        """Return how far softened predictions are from the teacher's, as a mean over replayed examples or mixtures with them."""
+    def _divergence(self, x: Tensor, task: Tensor, features: Tensor) -> Tensor:
+        """Return how far softened predictions are from the teacher's, as a mean over what is distilled."""
         assert self._teacher is not None
         old = task < task.max()
-        if not old.any():
-            return logits.new_zeros(())
-        images, head = x[old], task[old]
-        if self.mixup:
-            images = _mixtures(images, x[~old])
-            logits = self(images, head)
-        else:
-            logits = logits[old]
+        if self.mixup or len(self.heads) <= 1:
+            if not old.any():
+                return features.new_zeros(())
+            if self.mixup:
+                x = _mixtures(x[old], x[~old])
+                features = self.backbone(x)
+            else:
+                x, features = x[old], features[old]
         with torch.no_grad():
-            target = log_softmax(self._teacher(images, head) / self.temperature, 1)
-        given = log_softmax(logits / self.temperature, 1)
-        return self.temperature**2 * kl_div(given, target, reduction="batchmean", log_target=True)
+            theirs = self._teacher._old_logits(self._teacher.backbone(x), int(task.max()))
+        ours = self._old_logits(features, int(task.max()))
+        ours, theirs = (log_softmax(logits / self.temperature, -1) for logits in (ours, theirs))
+        return self.temperature**2 * kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
+
+    def _old_logits(self, features: Tensor, n_old: int) -> Tensor:
+        """Return the logits ``(B, n_classes)`` of features, or ``(B, n_old, n_classes)`` of every old head."""
+        if len(self.heads) <= 1:
+            return self._read_out(features, None)
+        return torch.stack([head(features) for head in list(self.heads)[:n_old]], dim=1)
 
     def _teach(self, teacher: "ContinualClassifier") -> None:
         # No part of this module: it is neither trained nor merged.

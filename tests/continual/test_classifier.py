@@ -215,20 +215,24 @@ def test_a_second_fit_starts_without_a_teacher():
     assert watch.teachers == {}
 
 
-def test_every_head_has_its_own_targets():
+@pytest.mark.parametrize("mixup", [False, True])
+def test_every_old_head_is_held_on_new_and_replayed_examples(mixup):
     torch.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
-    options = {"n_features": 16, "n_heads": 3, "distillation": 0.5, "temperature": 1.0}
+    options = {"n_features": 16, "n_heads": 4, "distillation": 0.5, "temperature": 1.0, "mixup": mixup}
     model, teacher = (ContinualClassifier(copy.deepcopy(body), **options).double() for _ in range(2))
     model._teach(teacher)
     tasks = [2, 2, 0, 1, 1]
     x, y, _ = batch(tasks)
-    ours, theirs = (
-        [net.heads[t](net.backbone(image[None].double()))[0] for image, t in zip(x, tasks, strict=True)]
-        for net in (model, teacher)
-    )
-    terms = [(q.softmax(0) * (q.log_softmax(0) - p.log_softmax(0))).sum() for p, q in zip(ours, theirs, strict=True)]
-    expected = cross_entropy(torch.stack(ours), y) + 0.5 * sum(terms[2:]) / 3
+    x = x.double()
+    ours = [model.heads[t](model.backbone(image[None]))[0] for image, t in zip(x, tasks, strict=True)]
+    shown = [(x[2] + x[0]) / 2, 0.75 * x[3] + 0.25 * x[1], x[4]] if mixup else x
+    terms = []
+    for image in shown:
+        for t in (0, 1):  # not the present task's, nor one that is still to come
+            p, q = (net.heads[t](net.backbone(image[None]))[0].softmax(0) for net in (model, teacher))
+            terms.append((q * (q.log() - p.log())).sum())
+    expected = cross_entropy(torch.stack(ours), y) + 0.5 * sum(terms) / len(terms)
     torch.testing.assert_close(loss_of(model, tasks, double=True), expected)
 
 
