@@ -146,7 +146,7 @@ class ContinualCLI(LightningCLI):
     def _check_arguments(self) -> None:
         """Say what classes refuse before any run, also one that does without them."""
         RebasinMerge(**self.config.merge.as_dict())
-        names = ("weighting", "lr_decay", "distillation", "temperature", "mixup")
+        names = ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")
         loss = {name: self.config.model[name] for name in names}
         ContinualClassifier(nn.Identity(), **loss)
         transform = self.config.data.replay_transform

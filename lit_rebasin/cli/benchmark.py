@@ -32,7 +32,7 @@ PROTOCOL = (
 )
 # Of our own training step.
 LEARNING = (
-    *(f"model.{name}" for name in ("weighting", "lr_decay", "distillation", "temperature", "mixup")),
+    *(f"model.{name}" for name in ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")),
     "data.replay_transform",
 )
 

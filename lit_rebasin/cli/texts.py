@@ -52,6 +52,7 @@ KEYS = """
  --model.optimizer PATH      import path of the optimizer (torch.optim.AdamW); its arguments as --model.optimizer.NAME VALUE
  --model.weighting NAME      examples, or tasks: those replayed weigh as all tasks before, whatever their number (examples)
  --model.lr_decay F          what the learning rate is multiplied with from one task to the next (1)
+ --model.lr_schedule NAME    within a task: constant, or linear, down to 0 (constant)
  --model.distillation W      weight of how far predictions of replayed examples are from those of the network after the last task (0)
  --model.mixup true          on mixtures of replayed images with new ones (false)
 

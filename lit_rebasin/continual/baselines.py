@@ -135,7 +135,7 @@ def run_baseline(
         memory,
         options or {},
         model=network.to(device),
-        optimizer=model.configure_optimizers(),
+        optimizer=model.optimizer(model.parameters()),
         train_mb_size=data.batch_size,
         train_epochs=data.epochs_per_task,
         device=device,

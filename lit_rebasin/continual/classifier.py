@@ -9,6 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -27,6 +28,7 @@ class ContinualClassifier(LightningModule):
         weighting: ``"examples"``: the loss is the mean over the batch. ``"tasks"``: in the t-th task the new examples of a batch weigh ``1/t``
             in all and the replayed ones ``(t-1)/t``, as if every task had brought as many.
         lr_decay: What the learning rate is multiplied with from one task to the next (Mirzadeh et al., NeurIPS 2020).
+        lr_schedule: What it does within a task: ``"constant"``, or ``"linear"``, which falls to 0 over its batches.
         distillation: Weight of how far, over the replayed examples, the network's predictions are from those of the network as it was after
             the last task: the Kullback-Leibler divergence of the softened ones (Hinton et al., 2015). 0 for none. No logits are stored, so
             transformed examples have their own. With a head a task it is the mean over the heads of old tasks, and over new examples too
@@ -38,7 +40,7 @@ class ContinualClassifier(LightningModule):
     Raises:
         ValueError: If ``n_classes`` or ``n_heads`` is below 1, a number is out of range, or several heads are asked for without
             ``n_features``.
-        MisconfigurationException: In ``fit``, if there is distillation or decay and the datamodule has no tasks.
+        MisconfigurationException: In ``fit``, if there is distillation, decay or a schedule and the datamodule has no tasks.
     """
 
     _teacher: "ContinualClassifier | None" = None  # the network after the last task
@@ -54,6 +56,7 @@ class ContinualClassifier(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         weighting: Literal["examples", "tasks"] = "examples",
         lr_decay: float = 1.0,
+        lr_schedule: Literal["constant", "linear"] = "constant",
         distillation: float = 0.0,
         temperature: float = 2.0,
         mixup: bool = False,
@@ -68,6 +71,8 @@ class ContinualClassifier(LightningModule):
             )
         if weighting not in ("examples", "tasks"):
             raise ValueError(f"weighting must be 'examples' or 'tasks', got {weighting!r}.")
+        if lr_schedule not in ("constant", "linear"):
+            raise ValueError(f"lr_schedule must be 'constant' or 'linear', got {lr_schedule!r}.")
         if not 0 < lr_decay <= 1:
             raise ValueError(f"lr_decay must lie in (0, 1], got {lr_decay}.")
         if not 0 <= distillation < float("inf"):
@@ -75,7 +80,7 @@ class ContinualClassifier(LightningModule):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature}.")
         self.save_hyperparameters(ignore=["backbone", "optimizer"])
-        self.weighting = weighting
+        self.weighting, self.lr_schedule = weighting, lr_schedule
         self.lr_decay, self.distillation, self.temperature = lr_decay, distillation, temperature
         self.mixup = mixup
         self.backbone = backbone
@@ -117,14 +122,6 @@ class ContinualClassifier(LightningModule):
             )
         return output
 
-    def on_fit_start(self) -> None:
-        """Refuse a datamodule without tasks, if something depends on them."""
-        if (self.distillation or self.lr_decay < 1) and not hasattr(self._data(), "task"):
-            raise MisconfigurationException(
-                f"ContinualClassifier(distillation={self.distillation}, lr_decay={self.lr_decay}) needs a datamodule with tasks, such as "
-                "ContinualDataModule."
-            )
-
     def on_train_epoch_start(self) -> None:
         """Keep a copy of the network as it is when a task begins."""
         if not self.distillation or self._data().task == self._taught:
@@ -156,12 +153,17 @@ class ContinualClassifier(LightningModule):
         self.log("val_acc", self.accuracy(logits, y), batch_size=len(y))
 
     def configure_optimizers(self) -> Any:
-        """Make a fresh optimizer; called again whenever the stream moves to its next task."""
-        optimizer = self.optimizer(self.parameters())
+        """Make a fresh optimizer and scheduler; called again whenever the stream moves to its next task."""
+        self._check_data()  # Lightning asks for optimizers before it says that a fit starts
+        optimizer, data = self.optimizer(self.parameters()), self._data()
         if self.lr_decay < 1:
             for group in optimizer.param_groups:
-                group["lr"] *= self.lr_decay ** getattr(self._data(), "task", 0)
-        return optimizer
+                group["lr"] *= self.lr_decay**data.task
+        if self.lr_schedule == "constant":
+            return optimizer
+        steps = -(-data.steps_of(data.task) // self.trainer.accumulate_grad_batches)
+        falling = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network after the last task, which the rest of this one still needs."""
@@ -208,6 +210,15 @@ class ContinualClassifier(LightningModule):
     def _forget_teacher(self) -> None:
         object.__setattr__(self, "_teacher", None)
         self._taught = 0  # the first task has none
+
+    def _check_data(self) -> None:
+        """Refuse a datamodule without tasks, if something depends on them."""
+        asked = self.distillation or self.lr_decay < 1 or self.lr_schedule != "constant"
+        if asked and not hasattr(self._data(), "steps_of"):
+            raise MisconfigurationException(
+                f"ContinualClassifier(distillation={self.distillation}, lr_decay={self.lr_decay}, lr_schedule={self.lr_schedule!r}) needs a "
+                "datamodule with tasks, such as ContinualDataModule."
+            )
 
     def _data(self) -> Any:
         return getattr(self.trainer, "datamodule", None)

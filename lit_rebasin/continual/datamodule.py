@@ -179,6 +179,10 @@ class ContinualDataModule(LightningDataModule):
         """Return one loader a task of the whole stream: its test data."""
         return self._evaluation_loaders(held_back=False)
 
+    def steps_of(self, task: int) -> int:
+        """Return how many batches a task is trained on, over all its epochs."""
+        return -(-len(self._split(task)[0]) // self.batch_size) * self.epochs_per_task
+
     def new_examples(self, task: int) -> Examples:
         """Return images, labels and task indices of all that a task brings to train on, nothing replayed."""
         return self._examples(task, self.stream.train(task, self._split(task)[0]), "training")

@@ -79,7 +79,7 @@ class RebasinIL(LightningModule):
         """Make the optimizers of a task; called again whenever the stream moves to its next one."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.task == 0:
-            return self.classifier.configure_optimizers()
+            return self.classifier.optimizer(self.classifier.parameters())
         if self._spec is None:
             self._spec = permutation_spec(self.classifier, *_example(data, self.device))
         seed = self.seed + data.task

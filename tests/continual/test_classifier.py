@@ -94,6 +94,35 @@ def test_every_task_has_a_learning_rate_lower_by_the_decay(first, tmp_path):
     assert rates.found == {task: expected[task] for task in range(first, 3)}
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_linear_schedule_falls_to_zero_over_the_batches_of_each_task(first, tmp_path):
+    class Rates(pl.Callback):
+        def __init__(self):
+            self.found = {}
+
+        def on_train_batch_start(self, trainer, module, *args):
+            self.found.setdefault(trainer.datamodule.task, []).append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_train_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    options = {"lr_decay": 0.5, "lr_schedule": "linear", "optimizer": lambda p: torch.optim.SGD(p, lr=0.08)}
+    rates = Rates()
+    walk(network(**options), stream(), rates, tasks=3)
+    expected = {}
+    for task, batches in rates.found.items():
+        expected[task] = [0.08 * 0.5**task * (1 - step / len(batches)) for step in range(len(batches))]
+    if first:  # goes on in the middle of a task
+        rates = Rates()
+        walk(network(**options), stream(), rates, tasks=3, ckpt_path=tmp_path / "2.ckpt")
+        done = len(expected[1]) - len(rates.found[1])
+        assert 0 < done < len(expected[1])
+        expected = {1: expected[1][done:], 2: expected[2]}
+    assert set(rates.found) == set(range(first, 3))
+    for task, found in rates.found.items():
+        assert found == pytest.approx(expected[task])
+
+
 def test_distillation_is_the_divergence_of_softened_predictions_over_replayed_examples():
     tasks = [2] * 4 + [0, 0, 1, 1, 0]
     model, teacher = network(distillation=0.3, temperature=3.0).double(), network().double()
@@ -240,6 +269,7 @@ def test_every_old_head_is_held_on_new_and_replayed_examples(mixup):
     ("options", "message"),
     [
         ({"weighting": "classes"}, "weighting must be 'examples' or 'tasks', got 'classes'"),
+        ({"lr_schedule": "cosine"}, "lr_schedule must be 'constant' or 'linear', got 'cosine'"),
         ({"lr_decay": 0.0}, r"lr_decay must lie in \(0, 1\], got 0.0"),
         ({"lr_decay": 1.5}, r"lr_decay must lie in \(0, 1\], got 1.5"),
         ({"distillation": -1.0}, "distillation must be a number of at least 0, got -1.0"),
@@ -255,6 +285,6 @@ def test_wrong_options_are_refused(options, message):
 def test_distillation_and_decay_need_tasks():
     trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     data = DataLoader(TensorDataset(*batch([0] * 10)), batch_size=5)
-    for options in ({"distillation": 0.1}, {"lr_decay": 0.9}):
+    for options in ({"distillation": 0.1}, {"lr_decay": 0.9}, {"lr_schedule": "linear"}):
         with pytest.raises(MisconfigurationException, match="needs a datamodule with tasks"):
             trainer.fit(network(**options), data)
