@@ -26,6 +26,8 @@ class ModeConnectivity(Callback):
     on equidistant points of [0, 1], the loss of old tasks on the kept examples, that of the new task on its own. Defaults are those of the
     authors' experiments on Rotated MNIST (their public code): start a tenth of the way from the previous network, 10 points, one pass.
 
+    A task is trained on its own examples alone: the datamodule's ``mixes_replay`` is set to False.
+
     Parameters that no task before has trained are taken as they are, and BatchNorm's statistics are estimated anew.
 
     Needs a datamodule with ``kept_examples``, such as :class:`~lit_rebasin.ContinualDataModule`.
@@ -70,12 +72,15 @@ class ModeConnectivity(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Refuse a datamodule that keeps nothing."""
+        """Refuse a datamodule that keeps nothing, and have it mix nothing kept into the batches of a task."""
+        if stage != "fit":
+            return
         data: Any = getattr(trainer, "datamodule", None)
-        if stage == "fit" and (not hasattr(data, "kept_examples") or data.replay_per_class == 0):
+        if not hasattr(data, "kept_examples") or data.replay_per_class == 0:
             raise MisconfigurationException(
                 "ModeConnectivity needs a datamodule that keeps examples, such as ContinualDataModule(replay_per_class=1)."
             )
+        data.mixes_replay = False
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:

@@ -50,7 +50,7 @@ class RebasinMerge(TaskMerger, Callback):
             ``"none"``.
         batches: Training batches, of the task just learned and whatever replay its loader mixes in, that each merge uses.
         examples: ``"kept"`` takes in their place all that a datamodule such as ``ContinualDataModule`` keeps for replay, the task just learned
-            among it.
+            among it, in ``batches`` batches.
         start: Where each task but the first begins: at the ``"previous"`` network; ``"fresh"``, with every layer initialised anew, which
             needs the alignment; or ``"perturbed"``, half of either.
         combine: ``"average"`` takes the point of the path at alpha. ``"regmean"`` takes :func:`~lit_rebasin.merging.regmean`: every layer is
@@ -191,5 +191,5 @@ class RebasinMerge(TaskMerger, Callback):
             return draw_batches(trainer)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         kept = data.kept_examples(data.task + 1)
-        order = torch.randperm(len(kept[1])).split(data.batch_size)
+        order = torch.randperm(len(kept[1])).chunk(self.settings.batches)  # a merge sees all of it
         return ([part[chosen].to(trainer.strategy.root_device) for part in kept] for chosen in order)

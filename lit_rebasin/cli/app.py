@@ -253,7 +253,6 @@ def _learner(
     if method == "rebasin-il":
         return RebasinIL(made.model, seed=seed, **options), []
     if method == "mc-sgd":
-        made.data.mixes_replay = False
         return made.model, [ModeConnectivity(seed=seed, **options)]
     return made.model, [made.merge] if METHODS[method].merge is not None else []
 

@@ -35,6 +35,11 @@ LEARNING = (
     *(f"model.{name}" for name in ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")),
     "data.replay_transform",
 )
+# Which of them our own methods do not heed.
+UNHEEDED = {
+    "mc-sgd": ("model.weighting", "model.mixup", "data.replay_transform"),
+    "rebasin-il": tuple(key for key in LEARNING if key.startswith("model.")),
+}
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:
@@ -134,6 +139,8 @@ def _check_options(method: str, cli: ContinualCLI) -> None:
             raise UsageError(
                 f"per_method of {method!r}: {key} would not concern a method that Avalanche runs; leave it out"
             )
+        if key in UNHEEDED.get(method, ()) or (key.startswith("merge.") and METHODS[method].merge is None):
+            raise UsageError(f"per_method of {method!r}: {key} would not concern this method; leave it out")
     options = cli.strategy_options(method)
     check = {"rebasin-il": check_rebasin_il, "mc-sgd": _check_mc_sgd}.get(method)
     if METHODS[method].baseline and options:

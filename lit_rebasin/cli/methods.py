@@ -43,6 +43,7 @@ METHODS = {
             "statistics": "reestimate",
             "examples": "kept",
             "start": "previous",
+            "combine": "average",
         },
         fits=False,
     ),

@@ -79,6 +79,10 @@ class ContinualClassifier(LightningModule):
             raise ValueError(f"distillation must be a number of at least 0, got {distillation}.")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature}.")
+        if mixup and not distillation:
+            raise ValueError(
+                "mixup mixes the images of the distillation, which is 0: pass its weight, or leave mixup out."
+            )
         self.save_hyperparameters(ignore=["backbone", "optimizer"])
         self.weighting, self.lr_schedule = weighting, lr_schedule
         self.lr_decay, self.distillation, self.temperature = lr_decay, distillation, temperature
@@ -122,8 +126,14 @@ class ContinualClassifier(LightningModule):
             )
         return output
 
+    def on_fit_start(self) -> None:
+        """Refuse a datamodule without tasks, if something depends on them."""
+        self._check_data()
+
     def on_train_epoch_start(self) -> None:
         """Keep a copy of the network as it is when a task begins."""
+        if self._teacher is not None:
+            self._teacher.to(self.device)  # a checkpoint leaves it on the CPU
         if not self.distillation or self._data().task == self._taught:
             return
         self._forget_teacher()
@@ -154,14 +164,16 @@ class ContinualClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make a fresh optimizer and scheduler; called again whenever the stream moves to its next task."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_decay == 1 and self.lr_schedule == "constant":
+            return optimizer
         self._check_data()  # Lightning asks for optimizers before it says that a fit starts
-        optimizer, data = self.optimizer(self.parameters()), self._data()
-        if self.lr_decay < 1:
-            for group in optimizer.param_groups:
-                group["lr"] *= self.lr_decay**data.task
+        data = self._data()
+        for group in optimizer.param_groups:
+            group["lr"] *= self.lr_decay**data.task
         if self.lr_schedule == "constant":
             return optimizer
-        steps = -(-data.steps_of(data.task) // self.trainer.accumulate_grad_batches)
+        steps = self._steps(data.batches_of(data.task)) * data.epochs_per_task
         falling = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
 
@@ -211,10 +223,17 @@ class ContinualClassifier(LightningModule):
         object.__setattr__(self, "_teacher", None)
         self._taught = 0  # the first task has none
 
+    def _steps(self, batches: int) -> int:
+        """Return how many optimizer steps an epoch of so many batches is."""
+        trainer: Any = self.trainer
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return max(1, -(-batches // trainer.accumulate_grad_batches))
+
     def _check_data(self) -> None:
         """Refuse a datamodule without tasks, if something depends on them."""
         asked = self.distillation or self.lr_decay < 1 or self.lr_schedule != "constant"
-        if asked and not hasattr(self._data(), "steps_of"):
+        if asked and not hasattr(self._data(), "batches_of"):
             raise MisconfigurationException(
                 f"ContinualClassifier(distillation={self.distillation}, lr_decay={self.lr_decay}, lr_schedule={self.lr_schedule!r}) needs a "
                 "datamodule with tasks, such as ContinualDataModule."

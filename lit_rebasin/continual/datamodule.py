@@ -127,6 +127,7 @@ class ContinualDataModule(LightningDataModule):
         if stage != "fit" or self.trainer is None:
             return
         self._trained_task = None
+        self.task = self.first_task  # Lightning asks for optimizers before it asks for loaders
         trainer: Any = self.trainer  # some of what it sets in its constructor is not declared
         max_epochs, every = trainer.max_epochs, trainer.reload_dataloaders_every_n_epochs
         if trainer.overfit_batches:
@@ -179,9 +180,9 @@ class ContinualDataModule(LightningDataModule):
         """Return one loader a task of the whole stream: its test data."""
         return self._evaluation_loaders(held_back=False)
 
-    def steps_of(self, task: int) -> int:
-        """Return how many batches a task is trained on, over all its epochs."""
-        return -(-len(self._split(task)[0]) // self.batch_size) * self.epochs_per_task
+    def batches_of(self, task: int) -> int:
+        """Return how many batches an epoch of a task has."""
+        return -(-len(self._split(task)[0]) // self.batch_size)
 
     def new_examples(self, task: int) -> Examples:
         """Return images, labels and task indices of all that a task brings to train on, nothing replayed."""
@@ -219,7 +220,7 @@ class ContinualDataModule(LightningDataModule):
                 raise MisconfigurationException(
                     f"The checkpoint is of a stream with {name}={begun!r}, not {value!r}: go on with what it was begun with."
                 )
-        self._trained_task = state_dict["task"]
+        self._trained_task = self.task = state_dict["task"]
 
     def _identity(self) -> dict[str, Any]:
         """Return what a fit that is resumed must have in common with the one before."""

@@ -25,7 +25,6 @@ def fit(callback, tasks=2, also=(), model=None, scenario="domain", **options):
     options = {"n_tasks": 3, "epochs_per_task": 2, "replay_per_class": 2, **options}
     data = ContinualDataModule("rotated-digits", **options)
     data.stream = replace(data.stream, scenario=scenario)
-    data.mixes_replay = False
     trainer = make_trainer(
         None,
         *also,

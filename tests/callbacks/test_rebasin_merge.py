@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_rebasin import ContinualDataModule, ContinualMonitor, RebasinMerge
+from lit_rebasin import ContinualClassifier, ContinualDataModule, ContinualMonitor, RebasinMerge
 
 from .user_code import UserModule, Walk, digits, loader, make_trainer
 
@@ -376,3 +376,18 @@ def test_resumed_fit_ends_with_the_same_weights(tmp_path, crash):
     assert same(weights(reference), weights(resumed))
     assert torch.equal(monitor.matrix, seen.matrix)
     assert [entry["loss_after"] for entry in again.history] == [entry["loss_after"] for entry in merges.history]
+
+
+def test_a_merge_sees_all_that_is_kept():
+    class Count(RebasinMerge):
+        def _draw(self, trainer):
+            drawn = list(super()._draw(trainer))
+            seen.append((len(drawn), sum(len(y) for _, y, _ in drawn)))
+            yield from drawn
+
+    seen = []
+    data = ContinualDataModule("rotated-digits", n_tasks=2, epochs_per_task=1, batch_size=8, replay_per_class=3)
+    model = ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)))
+    merge = Count(examples="kept", batches=4)
+    make_trainer(None, merge, max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(model, datamodule=data)
+    assert set(seen) == {(4, 2 * 3 * 10)}

@@ -8,7 +8,7 @@ import yaml
 
 from lit_rebasin.callbacks import ModeConnectivity, RebasinMerge
 from lit_rebasin.cli import main
-from lit_rebasin.cli.app import ContinualCLI, build_run
+from lit_rebasin.cli.app import ContinualCLI, build_run, merge_settings
 from lit_rebasin.cli.methods import METHODS, names_of
 
 SMALL = [
@@ -137,9 +137,8 @@ def test_what_each_of_our_methods_is_made_of(tmp_path):
     own = 'per_method={"mc-sgd": {"points": 3}, "rebasin-il": {"alpha": 0.6}, "clewi": {"merge.alpha": 0.4}}'
     run = built(tmp_path, "mc-sgd", f"--{own}")
     assert merges(run)[0].points == 3
-    assert run.data.mixes_replay is False
     run = built(tmp_path, "rebasin-il", f"--{own}")
-    assert (run.model.alpha, run.data.mixes_replay) == (0.6, True)
+    assert run.model.alpha == 0.6
     assert not merges(run)
     assert merges(built(tmp_path, "clewi", f"--{own}"))[0].settings.alpha == 0.4
 
@@ -210,6 +209,7 @@ def test_processes_for_runs_or_for_tasks(tmp_path, capsys):
 @pytest.mark.slow
 def test_tasks_in_parallel_give_the_figures_of_tasks_in_turn(tmp_path):
     words = ["--methods", "average,rebasin", "--merge.start=fresh", "--model.backbone.drop_rate=0"]
+    words += ["--model.lr_decay=0.7", "--model.lr_schedule=linear"]
     found = [run(tmp_path / str(n), *words, f"--parallel_tasks={n}", "--threads=1")[1]["methods"] for n in (1, 2)]
     for name in ("average", "rebasin"):
         torch.testing.assert_close(
@@ -241,6 +241,30 @@ def test_a_baseline_has_its_own_loss(tmp_path, capsys):
         "per_method of 'replay': model.lr_decay would not concern a method that Avalanche runs"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("replay", "merge.alpha", 0.5),
+        ("mc-sgd", "merge.combine", "regmean"),
+        ("mc-sgd", "model.weighting", "tasks"),
+        ("rebasin-il", "model.distillation", 1.0),
+        ("rebasin-il", "merge.method", "weights"),
+    ],
+)
+def test_what_would_not_concern_a_method_is_refused(tmp_path, capsys, method, key, value):
+    code, found = run(tmp_path / "out", "--methods", method, f"--per_method={json.dumps({method: {key: value}})}")
+    assert code == 2
+    assert found is None
+    assert f"per_method of '{method}': {key} would not concern" in capsys.readouterr().err
+
+
+def test_clewi_is_an_average_whatever_the_others_are():
+    cli = ContinualCLI("benchmark", [*SMALL[1:], "--merge.combine=regmean", "--merge.alpha=0.8"])
+    found = merge_settings(cli, "clewi")
+    assert (found["combine"], found["alpha"], found["method"]) == ("average", 0.5, "activations")
+    assert merge_settings(cli, "rebasin")["combine"] == "regmean"
 
 
 def test_a_method_may_have_a_class_of_its_own(tmp_path):

@@ -123,6 +123,45 @@ def test_a_linear_schedule_falls_to_zero_over_the_batches_of_each_task(first, tm
         assert found == pytest.approx(expected[task])
 
 
+@pytest.mark.parametrize(
+    "options", [{"accumulate_grad_batches": 2}, {"limit_train_batches": 0.5}, {"limit_train_batches": 4}]
+)
+def test_a_linear_schedule_counts_the_steps_that_are_taken(options):
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            found.setdefault(trainer.datamodule.task, []).append(optimizer.param_groups[0]["lr"])
+
+    found = {}
+    model = network(lr_schedule="linear", optimizer=lambda p: torch.optim.SGD(p, lr=0.08))
+    walk(model, stream(batch_size=200, epochs_per_task=3), Rates(), tasks=2, **options)
+    assert set(found) == {0, 1}
+    for rates in found.values():
+        assert len(rates) % 3 == 0
+        assert rates == pytest.approx([0.08 * (1 - step / len(rates)) for step in range(len(rates))])
+
+
+def test_the_task_is_known_when_optimizers_are_made(tmp_path):
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    data, seen = stream(), []
+
+    def optimizer(parameters):
+        seen.append(data.task)
+        return torch.optim.SGD(parameters, lr=0.01)
+
+    walk(network(optimizer=optimizer), data, Save(), tasks=3)
+    assert seen == [0, 1, 2]
+    seen.clear()
+    walk(network(optimizer=optimizer), data, tasks=1)  # another fit of the same stream
+    assert seen == [0]
+    seen.clear()
+    data = stream()
+    walk(network(optimizer=optimizer), data, tasks=3, ckpt_path=tmp_path / "2.ckpt")  # within task 1
+    assert seen == [1, 2]
+
+
 def test_distillation_is_the_divergence_of_softened_predictions_over_replayed_examples():
     tasks = [2] * 4 + [0, 0, 1, 1, 0]
     model, teacher = network(distillation=0.3, temperature=3.0).double(), network().double()
@@ -270,6 +309,7 @@ def test_every_old_head_is_held_on_new_and_replayed_examples(mixup):
     [
         ({"weighting": "classes"}, "weighting must be 'examples' or 'tasks', got 'classes'"),
         ({"lr_schedule": "cosine"}, "lr_schedule must be 'constant' or 'linear', got 'cosine'"),
+        ({"mixup": True}, "mixup mixes the images of the distillation, which is 0"),
         ({"lr_decay": 0.0}, r"lr_decay must lie in \(0, 1\], got 0.0"),
         ({"lr_decay": 1.5}, r"lr_decay must lie in \(0, 1\], got 1.5"),
         ({"distillation": -1.0}, "distillation must be a number of at least 0, got -1.0"),

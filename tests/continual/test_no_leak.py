@@ -7,13 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from lit_rebasin import ContinualClassifier, ContinualDataModule, ContinualMonitor, ModeConnectivity, RebasinMerge
+from lit_rebasin import (
+    ContinualClassifier,
+    ContinualDataModule,
+    ContinualMonitor,
+    ModeConnectivity,
+    RandomShift,
+    RebasinMerge,
+)
 from lit_rebasin.continual import RebasinIL
 from lit_rebasin.continual.baselines import BASELINES, run_baseline
 
 from .walk import walk
 
 OURS = {
+    "residual": lambda: [RebasinMerge(alpha=0.5, method="sinkhorn", start="fresh", options={"steps": 3})],
+    "regmean": lambda: [RebasinMerge(alpha=0.5, combine="regmean")],
     "rebasin": lambda: [RebasinMerge(alpha="line-search", statistics="repair", start="fresh")],
     "fisher": lambda: [RebasinMerge(alpha="fisher", method="covariance")],
     "clewi": lambda: [RebasinMerge(alpha=0.5, method="activations", examples="kept")],
@@ -23,7 +32,9 @@ OURS = {
 
 
 def stream(poisoned, **options):
-    data = ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=1, replay_per_class=2, **options)
+    data = ContinualDataModule(
+        "rotated-digits", n_tasks=3, epochs_per_task=1, replay_per_class=2, replay_transform=RandomShift(1), **options
+    )
     if poisoned:
         base = data.stream.base
         poison = replace(base, y_test=9 - base.y_test, x_test=torch.randn_like(base.x_test))
@@ -33,7 +44,8 @@ def stream(poisoned, **options):
 
 def network():
     torch.manual_seed(0)
-    return ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)))
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    return ContinualClassifier(body, distillation=1.0, mixup=True, lr_decay=0.9, lr_schedule="linear")
 
 
 def train(name, poisoned):

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 
 
-def walk(model, data, *callbacks, tasks, ckpt_path=None):
+def walk(model, data, *callbacks, tasks, ckpt_path=None, **options):
     """Train the first tasks of a stream; validation closes each. Returns the trainer."""
     trainer = pl.Trainer(
         max_epochs=tasks * data.epochs_per_task,
@@ -16,6 +16,7 @@ def walk(model, data, *callbacks, tasks, ckpt_path=None):
         enable_model_summary=False,
         accelerator="cpu",
         num_sanity_val_steps=0,
+        **options,
     )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return trainer
