@@ -22,8 +22,8 @@ class RebasinMerge(TaskMerger, Callback):
     r"""Align and merge a network with its previous self at the end of every task.
 
     The first task is only remembered. After every later one, the trained weights are permuted into the basin of the previous ones and
-    merged, ``theta_t = alpha * theta_{t-1} + (1 - alpha) * pi(theta_new) + delta`` (Pena et al., CVPR 2023, eq. 12), in place and before the
-    validation that closes the task. Works in two ways:
+    merged, ``theta_t = alpha * theta_{t-1} + (1 - alpha) * pi(theta_new) + delta`` (after Pena et al., CVPR 2023, eq. 12, whose
+    theta_new is theta_{t-1} itself), in place and before the validation that closes the task. Works in two ways:
 
     * one ``trainer.fit`` walks the whole stream, with a datamodule that has ``epochs_per_task`` (such as ``ContinualDataModule``);
     * one ``trainer.fit`` a task, each with a fresh Trainer and any data, and this callback (the same object, or one that was given the state

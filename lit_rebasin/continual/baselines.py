@@ -105,7 +105,7 @@ def run_baseline(
 
     The strategy gets the training examples that a fit of ours gets, in batches of as many new ones, as many epochs a task, with the optimizer
     of ``model``, fresh for each task, and may keep as many examples. Batches and what is kept are drawn by Avalanche from the global random
-    states, of Python among them.
+    states, of Python among them; its replay shows a kept example no more than once a batch, while half of each of our batches is replayed.
 
     Args:
         name: A key of `BASELINES`.

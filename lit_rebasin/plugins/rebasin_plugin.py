@@ -21,8 +21,8 @@ class RebasinPlugin(TaskMerger, SupervisedPlugin):
     r"""Align and merge a strategy's network with its previous self at the end of every experience.
 
     The first experience is only remembered. After every later one the trained weights are permuted into the basin of the previous ones and
-    merged, ``theta_t = alpha * theta_{t-1} + (1 - alpha) * pi(theta_new) + delta`` (Pena et al., CVPR 2023, eq. 12), in place and before any
-    evaluation that follows.
+    merged, ``theta_t = alpha * theta_{t-1} + (1 - alpha) * pi(theta_new) + delta`` (after Pena et al., CVPR 2023, eq. 12, whose
+    theta_new is theta_{t-1} itself), in place and before any evaluation that follows.
 
     Works beside other plugins and in any supervised strategy whose loss is ``criterion(model(x), y)`` or holds that: the merge sees this
     loss, on batches of the strategy's loader, which has whatever replay its plugins mix in, and none of the terms that others add. Plugins
