@@ -6,13 +6,15 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
-from lit_rebasin import permute
+from lit_rebasin import ContinualClassifier, permute
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.callbacks.step_spec import step_spec
+from lit_rebasin.continual import slim_resnet18
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.symmetry import rule
 
@@ -236,3 +238,12 @@ def test_group_that_a_trace_gets_wrong_is_held_and_the_training_goes_on(tmp_path
         spec = step_spec(attached(tmp_path, module), (X, Y))
     assert len(spec.groups) == 2
     assert "tells the neurons apart" in spec.fixed["first.weight[0]"]
+
+
+def test_autocast_does_not_blur_the_check():
+    torch.manual_seed(0)
+    model = ContinualClassifier(slim_resnet18(2), n_classes=5, n_features=16, n_heads=3)
+    batch = [torch.randn(10, 3, 32, 32), torch.arange(10) % 5, torch.zeros(10, dtype=torch.long)]
+    found = [step_spec(StepLoss(model, plugin), batch) for plugin in (Precision(), MixedPrecision("bf16-mixed", "cpu"))]
+    assert found[0].to_json() == found[1].to_json()
+    assert len(found[0].groups) == 12
