@@ -1,9 +1,10 @@
-"""What do the methods come to on all benchmarks? One table of the results of `lit-rebasin benchmark`.
+r"""What do the methods come to on all benchmarks? One table of the results of `lit-rebasin benchmark`.
 
 Reads docs/results/NAME/results.json of every benchmark named, prints the table and writes it into docs/results/continual.md, with a picture
 of each benchmark beside it. Methods that were run apart are joined by a plus. Run:
 
-    python benchmarks/continual_table.py rotated_mnist+rotated_mnist_baselines permuted_mnist_online
+    python benchmarks/continual_table.py rotated_mnist+rotated_mnist_baselines+rotated_mnist_mc_sgd rotated_mnist_fresh \
+        rotated_mnist_online permuted_mnist_online split_cifar100_online
 """
 
 import argparse
@@ -41,8 +42,12 @@ def draw(found):
     """Draw the average accuracy over the tasks so far of every benchmark."""
     every = dict.fromkeys(method for methods in found.values() for method in methods)
     colors = {method: f"C{number}" for number, method in enumerate(every)}
-    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.8), squeeze=False)
-    for panel, (name, methods) in zip(axes[0], found.items(), strict=True):
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
+    for panel in axes.flat[len(found) :]:
+        panel.remove()
+    for panel, (name, methods) in zip(axes.flat, found.items(), strict=False):
         for method, numbers in methods.items():
             curves = [[mean(row[: t + 1]) for t, row in enumerate(matrix)] for matrix in numbers["accuracy_matrix"]]
             middle = [100 * mean(values) for values in zip(*curves, strict=True)]
@@ -55,7 +60,7 @@ def draw(found):
             title=name.split("+")[0].replace("_", " "),
             xlabel="tasks learned",
             ylabel="average accuracy %",
-            ylim=(40, 100),
+            ylim=(10, 100),
         )
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
@@ -64,13 +69,19 @@ def draw(found):
     figure.savefig(RESULTS / "continual.png", dpi=150)
 
 
+def _short(part, name):
+    """Return the name of a folder, less what it has in common with the first of its benchmark."""
+    first = name.split("+")[0]
+    return part if part == first else part.removeprefix(f"{first}_")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+")
     names = parser.parse_args().names
     found = {name: joined(name.split("+")) for name in names}
     methods = list(dict.fromkeys(method for name in names for method in found[name]))
-    heads = [" and ".join(f"[{part}]({part}/results.md)" for part in name.split("+")) for name in names]
+    heads = [", ".join(f"[{_short(part, name)}]({part}/results.md)" for part in name.split("+")) for name in names]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(names)]
     for method in methods:
         cells = []
