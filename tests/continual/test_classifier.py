@@ -73,47 +73,31 @@ def test_a_batch_of_one_task_is_averaged(weighting):
     torch.testing.assert_close(loss_of(model, [4] * 7), cross_entropy(model(x, task), y))
 
 
+class Rates(pl.Callback):
+    """Notes the learning rate of every batch by task, and saves a checkpoint after each epoch."""
+
+    def __init__(self, folder):
+        self.folder, self.found = folder, {}
+
+    def on_train_batch_start(self, trainer, module, *args):
+        self.found.setdefault(trainer.datamodule.task, []).append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_every_task_has_a_learning_rate_lower_by_the_decay(first, tmp_path):
-    class Rates(pl.Callback):
-        def __init__(self):
-            self.found = {}
-
-        def on_train_batch_start(self, trainer, module, *args):
-            self.found.setdefault(trainer.datamodule.task, set()).add(trainer.optimizers[0].param_groups[0]["lr"])
-
-        def on_train_epoch_end(self, trainer, module):
-            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
-
-    model, rates = network(lr_decay=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=0.08)), Rates()
-    walk(model, stream(), rates, tasks=3)
-    if first:  # goes on in the middle of a task
-        rates = Rates()
-        walk(model, stream(), rates, tasks=3, ckpt_path=tmp_path / "2.ckpt")
-    expected = {0: {0.08}, 1: {0.04}, 2: {0.02}}
-    assert rates.found == {task: expected[task] for task in range(first, 3)}
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_linear_schedule_falls_to_zero_over_the_batches_of_each_task(first, tmp_path):
-    class Rates(pl.Callback):
-        def __init__(self):
-            self.found = {}
-
-        def on_train_batch_start(self, trainer, module, *args):
-            self.found.setdefault(trainer.datamodule.task, []).append(trainer.optimizers[0].param_groups[0]["lr"])
-
-        def on_train_epoch_end(self, trainer, module):
-            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
-
-    options = {"lr_decay": 0.5, "lr_schedule": "linear", "optimizer": lambda p: torch.optim.SGD(p, lr=0.08)}
-    rates = Rates()
+def test_learning_rates_fall_from_task_to_task_and_linear_ones_within_each(first, schedule, tmp_path):
+    options = {"lr_decay": 0.5, "lr_schedule": schedule, "optimizer": lambda p: torch.optim.SGD(p, lr=0.08)}
+    rates = Rates(tmp_path)
     walk(network(**options), stream(), rates, tasks=3)
     expected = {}
     for task, batches in rates.found.items():
-        expected[task] = [0.08 * 0.5**task * (1 - step / len(batches)) for step in range(len(batches))]
+        left = [1 - step / len(batches) * (schedule == "linear") for step in range(len(batches))]
+        expected[task] = [0.08 * 0.5**task * share for share in left]
     if first:  # goes on in the middle of a task
-        rates = Rates()
+        rates = Rates(tmp_path)
         walk(network(**options), stream(), rates, tasks=3, ckpt_path=tmp_path / "2.ckpt")
         done = len(expected[1]) - len(rates.found[1])
         assert 0 < done < len(expected[1])
@@ -127,13 +111,13 @@ def test_a_linear_schedule_falls_to_zero_over_the_batches_of_each_task(first, tm
     "options", [{"accumulate_grad_batches": 2}, {"limit_train_batches": 0.5}, {"limit_train_batches": 4}]
 )
 def test_a_linear_schedule_counts_the_steps_that_are_taken(options):
-    class Rates(pl.Callback):
+    class Steps(pl.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             found.setdefault(trainer.datamodule.task, []).append(optimizer.param_groups[0]["lr"])
 
     found = {}
     model = network(lr_schedule="linear", optimizer=lambda p: torch.optim.SGD(p, lr=0.08))
-    walk(model, stream(batch_size=200, epochs_per_task=3), Rates(), tasks=2, **options)
+    walk(model, stream(batch_size=200, epochs_per_task=3), Steps(), tasks=2, **options)
     assert set(found) == {0, 1}
     for rates in found.values():
         assert len(rates) % 3 == 0
@@ -141,17 +125,13 @@ def test_a_linear_schedule_counts_the_steps_that_are_taken(options):
 
 
 def test_the_task_is_known_when_optimizers_are_made(tmp_path):
-    class Save(pl.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
-
     data, seen = stream(), []
 
     def optimizer(parameters):
         seen.append(data.task)
         return torch.optim.SGD(parameters, lr=0.01)
 
-    walk(network(optimizer=optimizer), data, Save(), tasks=3)
+    walk(network(optimizer=optimizer), data, Rates(tmp_path), tasks=3)
     assert seen == [0, 1, 2]
     seen.clear()
     walk(network(optimizer=optimizer), data, tasks=1)  # another fit of the same stream
@@ -258,17 +238,13 @@ def test_both_change_what_is_learned_and_the_symmetries_stay_the_same():
 
 
 def test_a_fit_resumed_within_a_task_goes_on_as_it_would_have(tmp_path):
-    class Save(pl.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
-
     def learner():
         model = network(distillation=0.5)
         model.backbone[3].p = 0.0  # a resumed fit has other random states
         return model
 
     whole = learner()
-    walk(whole, stream(), RebasinMerge(), Save(), tasks=3)
+    walk(whole, stream(), RebasinMerge(), Rates(tmp_path), tasks=3)
     again = learner()
     walk(again, stream(), RebasinMerge(), tasks=3, ckpt_path=tmp_path / "2.ckpt")  # after the first epoch of task 1
     for ours, theirs in zip(again.state_dict().values(), whole.state_dict().values(), strict=True):
