@@ -21,7 +21,7 @@ def network():
     return ContinualClassifier(body, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
 
 
-def fit(callback, tasks=2, also=(), model=None, scenario="domain", **options):
+def fit(callback, tasks=2, also=(), model=None, scenario="domain", resume=None, save=None, **options):
     options = {"n_tasks": 3, "epochs_per_task": 2, "replay_per_class": 2, **options}
     data = ContinualDataModule("rotated-digits", **options)
     data.stream = replace(data.stream, scenario=scenario)
@@ -35,7 +35,9 @@ def fit(callback, tasks=2, also=(), model=None, scenario="domain", **options):
         num_sanity_val_steps=0,
     )
     model = model or network()
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=resume)
+    if save:
+        trainer.save_checkpoint(save)
     return model, data
 
 
@@ -43,7 +45,10 @@ class Trained(Callback):
     """Keeps the networks as they were trained, and the sizes of the batches."""
 
     def __init__(self):
-        self.networks, self.tasks = [], set()
+        self.networks, self.tasks, self.begun = [], set(), {}
+
+    def on_before_backward(self, trainer, module, loss):
+        self.begun.setdefault(trainer.datamodule.task, copy.deepcopy(module))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.tasks.add((trainer.datamodule.task, tuple(batch[2].unique().tolist())))
@@ -85,6 +90,22 @@ def test_training_sees_the_new_task_alone():
     assert trained.tasks == {(0, (0,)), (1, (1,))}
 
 
+def test_a_task_goes_on_from_what_the_last_one_trained():
+    trained = Trained()
+    model, _data = fit(ModeConnectivity(), tasks=3, also=[trained])
+    for task in (1, 2):
+        begun, ended = trained.begun[task].backbone[1].weight, trained.networks[task - 1].backbone[1].weight
+        torch.testing.assert_close(begun, ended, rtol=0, atol=0)
+    assert not torch.equal(model.backbone[1].weight, trained.networks[2].backbone[1].weight)
+
+
+def test_a_resumed_fit_is_that_without_a_break(tmp_path):
+    whole = fit(ModeConnectivity(), tasks=3)[0]
+    fit(ModeConnectivity(), tasks=2, save=tmp_path / "task.ckpt")
+    resumed = fit(ModeConnectivity(), tasks=3, resume=tmp_path / "task.ckpt")[0]
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
 def test_both_lines_have_a_lower_loss_than_the_start():
     """On the objective itself, over all that is kept and the whole new task."""
     trained = Trained()
@@ -95,7 +116,7 @@ def test_both_lines_have_a_lower_loss_than_the_start():
     def objective(w):
         total = 0.0
         for begin, (x, y, _) in ((previous, data.kept_examples(1)), (new, data.new_examples(1))):
-            for a in torch.linspace(0, 1, 11).tolist():
+            for a in torch.linspace(0, 1, 6).tolist():
                 point = {name: begin[name] + a * (w[name] - begin[name]) for name in w}
                 with torch.no_grad():
                     total += float(cross_entropy(functional_call(model, point, (x,)), y))
