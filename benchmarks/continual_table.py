@@ -25,13 +25,15 @@ def cell(values):
 
 
 def joined(folders):
-    """Return the numbers of all methods of some folders, whose protocols must be one."""
+    """Return the numbers of all methods of some folders, which must differ in nothing but the methods and their own settings."""
     methods, protocols = {}, []
     for folder in folders:
         results = json.loads((RESULTS / folder / "results.json").read_text())
+        if twice := methods.keys() & results["methods"]:
+            raise SystemExit(f"{folders} have {sorted(twice)} more than once")
         methods |= results["methods"]
         protocol = results["protocol"]
-        shared = {key: protocol[key] for key in ("data", "seeds", "per_method", "versions")}
+        shared = {key: protocol[key] for key in ("data", "seeds", "versions")}
         protocols.append(shared | {key: protocol["model"][key] for key in ("backbone", "optimizer")})
     if any(protocol != protocols[0] for protocol in protocols):
         raise SystemExit(f"{folders} are of different protocols")
