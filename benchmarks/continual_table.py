@@ -4,7 +4,7 @@ Reads docs/results/NAME/results.json of every benchmark named, prints the table 
 of each benchmark beside it. Methods that were run apart are joined by a plus. Run:
 
     python benchmarks/continual_table.py rotated_mnist+rotated_mnist_baselines+rotated_mnist_mc_sgd rotated_mnist_fresh \
-        rotated_mnist_online permuted_mnist_online split_cifar100_online
+        rotated_mnist_online+rotated_mnist_online_mc_sgd permuted_mnist_online+permuted_mnist_online_mc_sgd split_cifar100_online
 """
 
 import argparse
@@ -29,10 +29,11 @@ def joined(folders):
     methods, protocols = {}, []
     for folder in folders:
         results = json.loads((RESULTS / folder / "results.json").read_text())
-        if twice := methods.keys() & results["methods"]:
-            raise SystemExit(f"{folders} have {sorted(twice)} more than once")
-        methods |= results["methods"]
         protocol = results["protocol"]
+        complete = {m: n for m, n in results["methods"].items() if len(n["accuracy"]) == len(protocol["seeds"])}
+        if twice := methods.keys() & complete:
+            raise SystemExit(f"{folders} have {sorted(twice)} more than once")
+        methods |= complete
         shared = {key: protocol[key] for key in ("data", "seeds", "versions")}
         protocols.append(shared | {key: protocol["model"][key] for key in ("backbone", "optimizer")})
     if any(protocol != protocols[0] for protocol in protocols):
