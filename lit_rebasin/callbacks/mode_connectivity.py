@@ -27,11 +27,12 @@ class ModeConnectivity(Callback):
     task before. The module holds ``w`` from the end of a task until the next one begins, which goes on from ``trained``, as in the authors'
     experiments (imirzadeh/CL-LinearModeConnectivity), not from ``w``, as in their later library (CL-Gym).
 
-    Defaults are those of their configuration for Rotated MNIST: start a tenth of the way from the previous network, 6 points, one pass over
-    the kept examples. The learning rate is theirs (0.01) divided by what their loss is once more divided by, the 10 examples of a batch, and
-    doubled, because they leave the factor ``a`` out of the gradients, which is 1/2 in the mean.
+    Start, points, momentum and the one pass are those of their experiment on Rotated MNIST. Their steps are not quite these: they leave the
+    factor ``a`` out of the gradients and divide each mean loss by the size of its batch once more, which are 10 kept examples of one task
+    and 64 new ones, so that old tasks weigh more; and they go on with new batches where there are fewer kept ones. The learning rate here
+    is theirs (0.01) over 10, and doubled, because ``a`` is 1/2 in the mean.
 
-    A task is trained on its own examples alone: the datamodule's ``mixes_replay`` is set to False.
+    A task is trained on its own examples alone: in a fit the datamodule's ``mixes_replay`` is False.
 
     Parameters that no task before has trained are taken as they are, and BatchNorm's statistics are estimated anew.
 
@@ -49,6 +50,7 @@ class ModeConnectivity(Callback):
     Raises:
         ValueError: If a number is out of range.
         MisconfigurationException: In ``fit``, if the datamodule keeps no examples.
+        RuntimeError: In ``fit``, if the search ends in NaN or infinity; the module is left as the task trained it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ModeConnectivity(Callback):
         self.n_tasks = 0
         self._initial: dict[str, Tensor] = {}
         self._learned: set[str] = set()  # parameters that some finished task has trained
+        self._mixed = True
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -86,7 +89,20 @@ class ModeConnectivity(Callback):
             raise MisconfigurationException(
                 "ModeConnectivity needs a datamodule that keeps examples, such as ContinualDataModule(replay_per_class=1)."
             )
-        data.mixes_replay = False
+        self._mixed, data.mixes_replay = data.mixes_replay, False
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Have the datamodule mix as before."""
+        if stage == "fit":
+            trainer.datamodule.mixes_replay = self._mixed  # type: ignore[attr-defined]
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Forget the networks of an earlier fit, if this one begins with the first task."""
+        if trainer.datamodule.task == 0:  # type: ignore[attr-defined]
+            self.previous = self.trained = None
+            self.n_tasks, self._initial, self._learned = 0, {}, set()
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
@@ -152,6 +168,11 @@ class ModeConnectivity(Callback):
                         on_line = interpolate(fixed, found, 1 - point)
                         step.at({**trained, **on_line}, batch).backward()
                 optimizer.step()
+            if not all(tensor.isfinite().all() for tensor in found.values()):
+                raise RuntimeError(
+                    f"The line search of ModeConnectivity after task {self.n_tasks} ended in NaN or infinity: "
+                    f"lower learning_rate={self.learning_rate}."
+                )
             write_weights(module, {**trained, **{name: tensor.detach() for name, tensor in found.items()}})
             if has_batch_norm(module):
                 reestimate_batch_norm(

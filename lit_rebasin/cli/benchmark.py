@@ -37,7 +37,10 @@ LEARNING = (
 )
 # Which of them our own methods do not heed.
 UNHEEDED = {
-    "mc-sgd": ("model.weighting", "model.mixup", "data.replay_transform"),
+    "mc-sgd": ("model.weighting", "model.distillation", "model.temperature", "model.mixup", "data.replay_transform"),
+    "average": tuple(
+        f"merge.{name}" for name in ("method", "cost", "init", "options")
+    ),  # it is the one that aligns nothing
     "rebasin-il": tuple(key for key in LEARNING if key.startswith("model.")),
 }
 

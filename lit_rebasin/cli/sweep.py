@@ -108,11 +108,22 @@ def _choices(options: Namespace) -> list[dict[str, str]]:
             raise UsageError(f"--vary takes a key and values, as in merge.alpha=0.5,0.7, got {text!r}")
         if key in grid:
             raise UsageError(f"--vary names {key} twice; put all its values into one")
-        grid[key] = values.split(",") if not values.startswith("[") else [str(v) for v in json.loads(values)]
+        grid[key] = _listed(text, values) if values.startswith("[") else values.split(",")
     every = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
     if options.trials is None or options.trials >= len(every):
         return every
     return random.Random(options.draw_seed).sample(every, options.trials)
+
+
+def _listed(text: str, values: str) -> list[str]:
+    """Return the members of a list in JSON, whose texts may hold commas."""
+    try:
+        members = json.loads(values)
+    except ValueError as error:
+        raise UsageError(
+            f"--vary {text}: the values are no list in JSON ({error}); close the bracket, or leave it out"
+        ) from None
+    return [member if isinstance(member, str) else json.dumps(member) for member in members]
 
 
 def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tuple[int, dict[str, str]]]:

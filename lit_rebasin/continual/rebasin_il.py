@@ -120,11 +120,13 @@ class RebasinIL(LightningModule):
         self._recent = [*self._recent[-9:], batch]
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         ends = self.trainer.is_last_batch and (self.trainer.current_epoch + 1) % data.epochs_per_task == 0
-        if ends and self.rebasin is not None:
+        if not ends:
+            return
+        if self.rebasin is not None:
             self._merge(self.rebasin)
             if has_batch_norm(self.classifier):
                 reestimate_batch_norm(self.classifier, self._run, self._recent)
-            self._recent = []
+        self._recent = []
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy on one task of the stream."""

@@ -84,6 +84,62 @@ def _permuted(data):
     return [part[order] for part in data.new_examples(1)]
 
 
+def test_a_later_task_takes_all_steps_of_the_formula_with_momentum():
+    """After the third task: passes over what is kept of two tasks, in batches, each with another batch of the new one."""
+    trained, size = Trained(), 15
+    callback = ModeConnectivity(start=0.3, points=2, learning_rate=0.02, momentum=0.7, epochs=2, batch_size=size)
+    connected = []
+
+    class Connected(Callback):
+        def on_validation_start(self, trainer, module):
+            connected.append({name: tensor.detach().clone() for name, tensor in module.named_parameters()})
+
+    model, data = fit(callback, tasks=3, also=[trained, Connected()])
+    previous = connected[1]
+    new = {name: tensor.detach() for name, tensor in trained.networks[2].named_parameters()}
+    old_x, old_y, of_task = data.kept_examples(2)
+    assert of_task.unique().tolist() == [0, 1]
+    new_x, new_y, _ = data.new_examples(2)
+    generator = torch.Generator().manual_seed(0 + 2)
+    fresh = list(torch.randperm(len(new_y), generator=generator).split(size))
+    w = {name: (previous[name] + 0.3 * (new[name] - previous[name])) for name in new}
+    velocity = {name: torch.zeros_like(tensor) for name, tensor in w.items()}
+    for _ in range(2):
+        for chosen in torch.randperm(len(old_y), generator=generator).split(size):
+            w = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
+            drawn = fresh.pop(0)
+            lines = ((previous, old_x[chosen], old_y[chosen]), (new, new_x[drawn], new_y[drawn]))
+            loss = 0
+            for begin, x, y in lines:
+                for a in (0, 0.5, 1):
+                    point = {name: begin[name] + a * (w[name] - begin[name]) for name in w}
+                    loss = loss + cross_entropy(functional_call(model, point, (x,)), y)
+            loss.backward()
+            velocity = {name: 0.7 * velocity[name] + w[name].grad for name in w}
+            w = {name: w[name] - 0.02 * velocity[name] for name in w}
+    for name, tensor in w.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_datamodule_mixes_as_before_when_a_fit_is_over():
+    _model, data = fit(ModeConnectivity())
+    assert data.mixes_replay
+
+
+def test_a_second_fit_begins_anew():
+    callback = ModeConnectivity()
+    fit(callback)
+    again = fit(callback)[0]
+    torch.testing.assert_close(again.state_dict(), fit(ModeConnectivity())[0].state_dict(), rtol=0, atol=0)
+
+
+def test_a_search_that_diverges_is_an_error_and_leaves_what_was_trained():
+    trained, model = Trained(), network()
+    with pytest.raises(RuntimeError, match="ended in NaN or infinity: lower learning_rate"):
+        fit(ModeConnectivity(learning_rate=1e6, momentum=0.9, epochs=50), model=model, also=[trained])
+    torch.testing.assert_close(model.state_dict(), trained.networks[1].state_dict(), rtol=0, atol=0)
+
+
 def test_training_sees_the_new_task_alone():
     trained = Trained()
     fit(ModeConnectivity(), also=[trained])

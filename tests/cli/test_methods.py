@@ -249,6 +249,8 @@ def test_a_baseline_has_its_own_loss(tmp_path, capsys):
         ("replay", "merge.alpha", 0.5),
         ("mc-sgd", "merge.combine", "regmean"),
         ("mc-sgd", "model.weighting", "tasks"),
+        ("mc-sgd", "model.distillation", 1.0),
+        ("average", "merge.method", "weights"),
         ("rebasin-il", "model.distillation", 1.0),
         ("rebasin-il", "merge.method", "weights"),
     ],

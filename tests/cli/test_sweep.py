@@ -58,6 +58,13 @@ def test_a_draw_of_the_combinations_is_the_same_each_time(tmp_path, monkeypatch)
     assert len(set(seen[:4])) == 4
 
 
+def test_members_of_a_list_keep_their_kind(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", lambda trial, *_: seen.append(trial.settings["merge.options"]))
+    assert sweep(tmp_path, "--vary", 'merge.options=[null, true, "a,b", {"steps": 3}]') == 0
+    assert seen == ["null", "true", "a,b", '{"steps": 3}']
+
+
 def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
     assert sweep(tmp_path, "--vary", "merge.alpha=0.5,7") == 1
     error = capsys.readouterr().err
@@ -72,6 +79,7 @@ def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
         ([], "sweep needs what to vary"),
         (["--vary", "merge.alpha"], "--vary takes a key and values"),
         (["--vary", "a=1", "--vary", "a=2"], "--vary names a twice"),
+        (["--vary", "a=[0.5,"], "--vary a=[0.5,: the values are no list in JSON"),
         (["--vary", "a=1", "--validation_fraction", "0"], "a sweep never looks at test data"),
         (["--vary", "a=1", "--data.validation_fraction=0"], "use --method and --validation_fraction"),
         (["--vary", "a=1", "--methods", "replay"], "sweep has no option --methods"),

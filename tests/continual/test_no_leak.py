@@ -48,9 +48,9 @@ def network():
     return ContinualClassifier(body, distillation=1.0, mixup=True, lr_decay=0.9, lr_schedule="linear")
 
 
-def train(name, poisoned):
+def train(name, poisoned, **options):
     """Return the weights, the accuracy matrix, and what the merges have noted."""
-    data, model = stream(poisoned), network()
+    data, model = stream(poisoned, **options), network()
     if name in BASELINES:
         pl.seed_everything(1, verbose=False)
         return model, run_baseline(name, model, data), []
@@ -68,6 +68,17 @@ def test_poisoned_test_data_changes_the_reported_accuracy_alone(name):
         assert torch.equal(ours, theirs)
     assert history == noted
     assert not torch.equal(matrix[-1], poisoned[-1])
+
+
+@pytest.mark.parametrize("name", ["rebasin", "mc-sgd", "replay"])
+def test_poisoned_test_data_changes_nothing_that_settings_are_chosen_by(name):
+    """A sweep ranks by the accuracy on held-back training data."""
+    (model, matrix, _), (other, same, _) = (
+        train(name, poisoned, validation_fraction=0.3) for poisoned in (False, True)
+    )
+    for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(matrix, same, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_held_back_is_neither_trained_on_nor_kept():
