@@ -17,10 +17,19 @@ from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method with one seed came to."""
+    """What one method with one seed came to.
+
+    Attributes:
+        matrix: The accuracies.
+        seconds: Of the run, by the clock.
+        cpu_seconds: Of its processors, all threads and processes of its own together.
+        moved: How many neurons each merge has moved; ``None`` where the method does not merge so, or for a merge that was refused.
+    """
 
     matrix: Tensor
     seconds: float
+    cpu_seconds: float
+    moved: list[int | None] | None
 
 
 @dataclass(frozen=True)
@@ -78,15 +87,17 @@ def make_results(
 
 def _numbers(found: Sequence[Outcome]) -> dict[str, Any]:
     matrices = [outcome.matrix for outcome in found]
-    return _without_nan(
-        {
-            "accuracy": [average_accuracy(matrix) for matrix in matrices],
-            "forgetting": [forgetting(matrix) for matrix in matrices],
-            "backward_transfer": [backward_transfer(matrix) for matrix in matrices],
-            "seconds": [outcome.seconds for outcome in found],
-            "accuracy_matrix": [matrix.tolist() for matrix in matrices],
-        }
-    )
+    numbers = {
+        "accuracy": [average_accuracy(matrix) for matrix in matrices],
+        "forgetting": [forgetting(matrix) for matrix in matrices],
+        "backward_transfer": [backward_transfer(matrix) for matrix in matrices],
+        "seconds": [outcome.seconds for outcome in found],
+        "cpu_seconds": [outcome.cpu_seconds for outcome in found],
+        "accuracy_matrix": [matrix.tolist() for matrix in matrices],
+    }
+    if found[0].moved is not None:
+        numbers["moved"] = [outcome.moved for outcome in found]
+    return _without_nan(numbers)
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """One method with one seed, from the configuration to its accuracy matrix, here or in a process of its own."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
+from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.callbacks.report import log_accuracies
 from lit_rebasin.cli.app import QUIET, ContinualCLI, Run, build_run, hush, log_outcome, set_threads, write_record
 from lit_rebasin.cli.completeness import complete
@@ -27,13 +29,13 @@ def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Re
     """Train a method with a seed; its logs and configuration go to ``folder``."""
     if METHODS[method].baseline:
         import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
-    started = perf_counter()
+    started, worked = perf_counter(), _cpu_seconds()
     watch = _Watch(report, f"{method} · seed {seed}")
     run = build_run(cli, method, seed, folder, [watch], **QUIET)
     write_record(cli, run, folder)
     matrix = _matrix(cli, run, watch)
     log_outcome(run, matrix)
-    return Outcome(matrix, perf_counter() - started), Setting.of(run)
+    return Outcome(matrix, perf_counter() - started, _cpu_seconds() - worked, _moved(run)), Setting.of(run)
 
 
 def run_side_by_side(
@@ -58,6 +60,19 @@ def _in_process(job: tuple[list[str], str, int, Path, int | None]) -> tuple[Outc
     set_threads(threads)
     hush()
     return run_here(ContinualCLI("benchmark", words).for_method(method), method, seed, place, lambda share, text: None)
+
+
+def _cpu_seconds() -> float:
+    """Return what this process, and those it has waited for, have used."""
+    return sum(os.times()[:4])
+
+
+def _moved(run: Run) -> list[int | None] | None:
+    """Return how many neurons each merge has moved, if there are merges."""
+    for callback in run.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RebasinMerge):
+            return [entry.get("moved") for entry in callback.history]
+    return None
 
 
 def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch") -> Tensor:

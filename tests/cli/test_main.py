@@ -36,8 +36,16 @@ def test_results_have_the_documented_form(output):
     assert results["protocol"]["missing"] == []
     assert {"torch", "lightning", "lit-rebasin"} <= set(results["protocol"]["versions"])
     assert list(results["methods"]) == ["finetune", "rebasin"]
+    assert [len(moved) for moved in results["methods"]["rebasin"].pop("moved")] == [1, 1]
     for found in results["methods"].values():
-        assert set(found) == {"accuracy", "forgetting", "backward_transfer", "seconds", "accuracy_matrix"}
+        assert set(found) == {
+            "accuracy",
+            "forgetting",
+            "backward_transfer",
+            "seconds",
+            "cpu_seconds",
+            "accuracy_matrix",
+        }
         for seed in range(2):
             matrix = torch.tensor(found["accuracy_matrix"][seed], dtype=torch.float64)
             assert matrix.shape == (2, 2)
@@ -46,6 +54,7 @@ def test_results_have_the_documented_form(output):
             assert found["backward_transfer"][seed] == -found["forgetting"][seed]
             assert 0 <= found["accuracy"][seed] <= 1
             assert found["seconds"][seed] > 0
+            assert found["cpu_seconds"][seed] > 0
 
 
 def test_table_and_pictures(output):

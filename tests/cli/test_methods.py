@@ -183,7 +183,7 @@ def test_runs_in_processes_of_their_own_give_the_figures_of_runs_in_turn(tmp_pat
         for key in ("processes", "command"):
             results["protocol"].pop(key)
         for numbers in results["methods"].values():
-            assert len(numbers.pop("seconds")) == 2
+            assert len(numbers.pop("seconds")) == len(numbers.pop("cpu_seconds")) == 2
     assert found[0] == found[1]
     for place in ("rebasin/seed_1/config.yaml", "replay/seed_0/tensorboard"):
         assert (tmp_path / "2" / place).exists()
