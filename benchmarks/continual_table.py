@@ -3,8 +3,10 @@ r"""What do the methods come to on all benchmarks? One table of the results of `
 Reads docs/results/NAME/results.json of every benchmark named, prints the table and writes it into docs/results/continual.md, with a picture
 of each benchmark beside it. Methods that were run apart are joined by a plus. Run:
 
-    python benchmarks/continual_table.py rotated_mnist+rotated_mnist_baselines+rotated_mnist_mc_sgd rotated_mnist_fresh \
-        rotated_mnist_online+rotated_mnist_online_mc_sgd permuted_mnist_online+permuted_mnist_online_mc_sgd split_cifar100_online
+    python benchmarks/continual_table.py \
+        rotated_mnist+rotated_mnist_baselines+rotated_mnist_mc_sgd+rotated_mnist_rebasin_il rotated_mnist_fresh \
+        rotated_mnist_online+rotated_mnist_online_mc_sgd permuted_mnist_online+permuted_mnist_online_mc_sgd \
+        split_cifar100_online split_mnist
 """
 
 import argparse
@@ -39,6 +41,12 @@ def joined(folders):
     if any(protocol != protocols[0] for protocol in protocols):
         raise SystemExit(f"{folders} are of different protocols")
     return methods
+
+
+def forgetting_from_best(matrix):
+    """Return by how much tasks end below the best they ever had, as Mirzadeh et al. measure it; the last task aside."""
+    *_, last = matrix
+    return mean(max(row[task] for row in matrix[task:]) - last[task] for task in range(len(last) - 1))
 
 
 def draw(found):
@@ -97,6 +105,10 @@ def main():
             )
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     print("\n".join(lines))
+    print("\nForgetting against the best accuracy, not that right after the task, in per cent:")
+    for name in names:
+        for method, numbers in found[name].items():
+            print(f"{name.split('+')[0]} {method} {cell(forgetting_from_best(m) for m in numbers['accuracy_matrix'])}")
     draw(found)
     page = RESULTS / "continual.md"
     text = page.read_text()
