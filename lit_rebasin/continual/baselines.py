@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,14 @@ def _der(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
 
 
 def _er_ace(memory: _Memory, **arguments: Any) -> SupervisedTemplate:
-    return ER_ACE(mem_size=memory.total, **{"batch_size_mem": min(memory.batch_size, memory.total), **arguments})
+    strategy = ER_ACE(mem_size=memory.total, **{"batch_size_mem": min(memory.batch_size, memory.total), **arguments})
+    strategy.storage_policy.update = partial(_update_quietly, strategy.storage_policy)
+    return strategy
+
+
+def _update_quietly(buffer: Any, strategy: Any, **kwargs: Any) -> None:
+    """Do what Avalanche's own update of a buffer does, which its plugins call, without the warning that nobody can turn off."""
+    buffer.post_adapt(strategy, strategy.experience)
 
 
 class _Kept(BalancedExemplarsBuffer):
@@ -62,9 +70,7 @@ class _Kept(BalancedExemplarsBuffer):
         super().__init__(memory.total, adaptive_size=False, total_num_groups=memory.n_tasks)
         self.per_class = memory.per_class
 
-    def update(self, strategy: Any, **kwargs: Any) -> None:
-        """Do what Avalanche's own does, which its plugin calls, without the warning that nobody can turn off."""
-        self.post_adapt(strategy, strategy.experience)
+    update = _update_quietly
 
     def post_adapt(self, agent: Any, exp: Any) -> None:
         """Keep examples of an experience."""

@@ -191,7 +191,8 @@ def test_errors(name, options, message):
         check_options(name, options)
 
 
-def test_replay_says_nothing_that_its_user_cannot_change(recwarn):
+@pytest.mark.parametrize("name", ["replay", "er-ace"])
+def test_a_buffer_says_nothing_that_its_user_cannot_change(name, recwarn):
     data = stream(n_tasks=2, epochs_per_task=1)
-    run_baseline("replay", network(data), data)
+    run_baseline(name, network(data), data)
     assert not [warning for warning in recwarn if "deprecated function update" in str(warning.message)]
