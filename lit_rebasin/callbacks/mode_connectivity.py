@@ -98,6 +98,11 @@ class ModeConnectivity(Callback):
             trainer.datamodule.mixes_replay = self._mixed  # type: ignore[attr-defined]
 
     @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Do so after a fit that failed, too, for which Lightning calls no teardown."""
+        self.teardown(trainer, pl_module, "fit")
+
+    @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Forget the networks of an earlier fit, if this one begins with the first task."""
         if trainer.datamodule.task == 0:  # type: ignore[attr-defined]

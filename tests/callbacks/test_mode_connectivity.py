@@ -134,9 +134,15 @@ def test_a_second_fit_begins_anew():
 
 
 def test_a_search_that_diverges_is_an_error_and_leaves_what_was_trained():
-    trained, model = Trained(), network()
+    trained, model, seen = Trained(), network(), []
+
+    class Seen(Callback):
+        def on_fit_start(self, trainer, module):
+            seen.append(trainer.datamodule)
+
     with pytest.raises(RuntimeError, match="ended in NaN or infinity: lower learning_rate"):
-        fit(ModeConnectivity(learning_rate=1e6, momentum=0.9, epochs=50), model=model, also=[trained])
+        fit(ModeConnectivity(learning_rate=1e6, momentum=0.9, epochs=50), model=model, also=[trained, Seen()])
+    assert seen[0].mixes_replay
     torch.testing.assert_close(model.state_dict(), trained.networks[1].state_dict(), rtol=0, atol=0)
 
 
