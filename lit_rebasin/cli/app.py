@@ -49,6 +49,14 @@ QUIET: dict[str, Any] = {
 FILLED = ("max_epochs", "reload_dataloaders_every_n_epochs", "check_val_every_n_epoch")  # by the stream, unless given
 
 
+def _as_written(value: Namespace) -> dict[str, Any]:
+    """Return what looked like a class, which the parser has made a Namespace, less what an optimizer gets from its model."""
+    written: dict[str, Any] = value.as_dict()
+    if written.get("init_args", {}).get("params", 0) is None:
+        del written["init_args"]["params"]
+    return written
+
+
 class ContinualCLI(LightningCLI):
     """Parse the one YAML file that both commands read; nothing is instantiated until a method and a seed are chosen."""
 
@@ -75,8 +83,7 @@ class ContinualCLI(LightningCLI):
             raise UsageError(str(error)) from None
         except ValueError as error:  # all that is done beside parsing is to seed
             raise UsageError(f"seed_everything: {error}") from None
-        # What looks like a class becomes a Namespace, which JSON does not know.
-        self.config.per_method = json.loads(json.dumps(self.config.per_method, default=Namespace.as_dict))
+        self.config.per_method = json.loads(json.dumps(self.config.per_method, default=_as_written))
         self._check_arguments()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -143,6 +143,15 @@ def test_what_each_of_our_methods_is_made_of(tmp_path):
     assert merges(built(tmp_path, "clewi", f"--{own}"))[0].settings.alpha == 0.4
 
 
+def test_a_method_may_have_an_optimizer_of_its_own(tmp_path):
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.25, "momentum": 0.5}}
+    own = f"--per_method={json.dumps({'mc-sgd': {'model.optimizer': optimizer}})}"
+    made = built(tmp_path, "mc-sgd", own).model.optimizer([torch.nn.Parameter(torch.ones(1))])
+    assert (type(made), made.defaults["lr"], made.defaults["momentum"]) == (torch.optim.SGD, 0.25, 0.5)
+    other = built(tmp_path, "rebasin", own).model.optimizer([torch.nn.Parameter(torch.ones(1))])
+    assert type(other) is torch.optim.AdamW
+
+
 def test_long_values_of_a_method_are_read_whole(tmp_path):
     options = {"steps": 3, "learning_rate": 0.125, "sharpness": 2.5, "noise": 0.0625, "residual_learning_rate": 0.03125}
     own = {"rebasin": {"merge.method": "sinkhorn", "merge.options": options}}
