@@ -77,7 +77,7 @@ class ModeConnectivity(Callback):
         self.n_tasks = 0
         self._initial: dict[str, Tensor] = {}
         self._learned: set[str] = set()  # parameters that some finished task has trained
-        self._mixed = True
+        self._mixed: bool | None = None  # what the datamodule did before this fit
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -94,8 +94,9 @@ class ModeConnectivity(Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Have the datamodule mix as before."""
-        if stage == "fit":
+        if self._mixed is not None:
             trainer.datamodule.mixes_replay = self._mixed  # type: ignore[attr-defined]
+            self._mixed = None
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:

@@ -35,12 +35,10 @@ LEARNING = (
     *(f"model.{name}" for name in ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")),
     "data.replay_transform",
 )
-# Which of them our own methods do not heed.
+# What our own methods do not heed; `average` is the one that aligns nothing.
 UNHEEDED = {
     "mc-sgd": ("model.weighting", "model.distillation", "model.temperature", "model.mixup", "data.replay_transform"),
-    "average": tuple(
-        f"merge.{name}" for name in ("method", "cost", "init", "options")
-    ),  # it is the one that aligns nothing
+    "average": ("merge.method", "merge.cost", "merge.init", "merge.options"),
     "rebasin-il": tuple(key for key in LEARNING if key.startswith("model.")),
 }
 

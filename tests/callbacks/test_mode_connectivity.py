@@ -209,6 +209,13 @@ def test_it_needs_kept_examples():
         fit(ModeConnectivity(), replay_per_class=0)
 
 
+def test_a_fit_without_a_datamodule_says_what_is_missing():
+    with pytest.raises(Exception, match="needs a datamodule that keeps examples"):
+        make_trainer(None, ModeConnectivity(), max_epochs=1).fit(
+            network(), [(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())]
+        )
+
+
 def test_a_new_head_is_taken_as_it_was_trained():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU())
