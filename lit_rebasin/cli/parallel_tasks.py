@@ -1,7 +1,7 @@
 """The tasks of a stream trained side by side, each from fresh weights in a process of its own, and merged in order."""
 
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -39,7 +39,7 @@ def check_parallel(cli: ContinualCLI, method: str) -> None:
 def run_in_parallel(
     cli: ContinualCLI, run: Run, processes: int, threads: int | None, on_epochs: Callable[[int, int], None]
 ) -> Tensor:
-    """Train all tasks in processes of their own, then merge them one after another, as a fit of the stream would.
+    """Train all tasks in processes of their own, and merge them in order meanwhile, as a fit of the stream would.
 
     Args:
         cli: The configuration.
@@ -53,10 +53,18 @@ def run_in_parallel(
     """
     with tempfile.TemporaryDirectory() as folder:
         tasks = [(cli.arguments, run.record.method, run.record.seed, t, folder, threads) for t in range(run.n_tasks)]
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for task, _ in enumerate(pool.map(_train, tasks)):
+        pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        trained = pool.map(_train, tasks)
+
+        def arrivals() -> Iterator[int]:
+            for task, _ in enumerate(trained):
                 on_epochs(task, run.data.epochs_per_task)
-        return _merged(run, Path(folder))
+                yield task
+
+        try:
+            return _merged(run, Path(folder), arrivals())
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, tasks that wait are not begun
 
 
 def _train(arguments: tuple[list[str], str, int, int, str, int | None]) -> None:
@@ -78,8 +86,8 @@ def _train(arguments: tuple[list[str], str, int, int, str, int | None]) -> None:
     torch.save(run.model.state_dict(), Path(folder) / f"task_{task}.pt")
 
 
-def _merged(run: Run, folder: Path) -> Tensor:
-    """Merge the networks of the tasks in order, and measure each merge."""
+def _merged(run: Run, folder: Path, arrivals: Iterator[int]) -> Tensor:
+    """Merge the networks of the tasks in order, each as soon as it is there, and measure each merge."""
     (merge,) = [one for one in run.trainer.callbacks if isinstance(one, RebasinMerge)]  # type: ignore[attr-defined]
     model, data, trainer = run.model, run.data, run.trainer
     device = trainer.strategy.root_device
@@ -87,7 +95,7 @@ def _merged(run: Run, folder: Path) -> Tensor:
     step = StepLoss(model, trainer.precision_plugin)
     metric = ContinualAccuracy(run.n_tasks).to(device)
     merge._check(model)
-    for task in range(run.n_tasks):
+    for task in arrivals:
         merge._begin_task(model)
         model.load_state_dict(torch.load(folder / f"task_{task}.pt", map_location=device))
         # The batches of the last epoch, as the callback draws them where a fit walks the stream.
