@@ -112,7 +112,7 @@ def sinkhorn_alignment(
         sharpness: Logit of the permutation of ``init`` at the start, see :class:`SinkhornRebasin`.
         noise: Standard deviation of what is added to the logits at the start.
         steps: Gradient steps. With 0 the start is returned.
-        learning_rate: Of the logits.
+        learning_rate: Of the logits; 0 leaves them as they are, so that a residual alone is trained.
         schedule: Gives the temperature of each step. Default: from 1 to 0.5, ``Schedule(beta_0=1, kappa=log 2 / log(1 + steps))``.
         seed: Of the noise.
         residual: Leaf tensors that require gradients, which ``cost`` adds to the merge; trained in place.
@@ -130,11 +130,11 @@ def sinkhorn_alignment(
     check_count("steps", steps, 0)
     if not isinstance(schedule, Schedule | None):
         raise ValueError(f"schedule must be a Schedule, such as Schedule(beta_0=1, kappa=0.2), got {schedule!r}.")
-    check_positive(learning_rate=learning_rate, residual_clip=residual_clip)
-    if not (residual_learning_rate >= 0 and residual_weight_decay >= 0):
+    check_positive(residual_clip=residual_clip)
+    if not (learning_rate >= 0 and residual_learning_rate >= 0 and residual_weight_decay >= 0):
         raise ValueError(
-            "residual_learning_rate and residual_weight_decay must be 0 or more, "
-            f"got {residual_learning_rate} and {residual_weight_decay}."
+            "learning_rate, residual_learning_rate and residual_weight_decay must be 0 or more, "
+            f"got {learning_rate}, {residual_learning_rate} and {residual_weight_decay}."
         )
     started = perf_counter()
     device = _device(model)

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RebasinMerge
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.methods import METHODS
+from lit_rebasin.cli.methods import METHODS, merge_of
 from lit_rebasin.cli.report import write_text
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
 from lit_rebasin.metrics import average_accuracy, forgetting
@@ -231,6 +231,9 @@ def build_run(
     for name, value in merge_settings(cli, method).items():
         if name != "seed":
             config.merge[name] = value
+    for key in chosen.unheeded:  # what the method is made of is not for the configuration to change
+        if not key.startswith("merge."):
+            config[key] = cli.parser.get_defaults()[key]
     if config.data_dir is not None:
         config.data.data_dir = config.data_dir
     pl.seed_everything(seed, verbose=False)
@@ -249,7 +252,11 @@ def build_run(
 def merge_settings(cli: ContinualCLI, method: str) -> dict[str, Any]:
     """Return the arguments of a method's merge: the configuration's, but for what makes the method, unless ``per_method`` says otherwise."""
     given = cli.config.per_method.get(method, {})
-    own = {name: value for name, value in (METHODS[method].merge or {}).items() if f"merge.{name}" not in given}
+    own = {
+        name: value
+        for name, value in merge_of(method, cli.config.merge.as_dict()).items()
+        if f"merge.{name}" not in given
+    }
     return {**cli.config.merge.as_dict(), **own}
 
 

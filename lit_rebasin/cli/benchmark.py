@@ -30,17 +30,6 @@ PROTOCOL = (
     *(f"data.{name}" for name in ("benchmark", "n_tasks", "scenario", "data_dir", "validation_fraction", "seed")),
     "data_dir",
 )
-# Of our own training step.
-LEARNING = (
-    *(f"model.{name}" for name in ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")),
-    "data.replay_transform",
-)
-# What our own methods do not heed; `average` is the one that aligns nothing.
-UNHEEDED = {
-    "mc-sgd": ("model.weighting", "model.distillation", "model.temperature", "model.mixup", "data.replay_transform"),
-    "average": ("merge.method", "merge.cost", "merge.init", "merge.options"),
-    "rebasin-il": tuple(key for key in LEARNING if key.startswith("model.")),
-}
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:
@@ -136,12 +125,9 @@ def _check_options(method: str, cli: ContinualCLI) -> None:
             raise UsageError(
                 f"per_method of {method!r}: {key} is the same for all methods of a benchmark; set it outside"
             )
-        if METHODS[method].baseline and key in LEARNING:
-            raise UsageError(
-                f"per_method of {method!r}: {key} would not concern a method that Avalanche runs; leave it out"
-            )
-        if key in UNHEEDED.get(method, ()) or (key.startswith("merge.") and METHODS[method].merge is None):
-            raise UsageError(f"per_method of {method!r}: {key} would not concern this method; leave it out")
+        if key in METHODS[method].unheeded or (key.startswith("merge.") and METHODS[method].merge is None):
+            kind = "a method that Avalanche runs" if METHODS[method].baseline else "this method"
+            raise UsageError(f"per_method of {method!r}: {key} would not concern {kind}; leave it out")
     options = cli.strategy_options(method)
     check = {"rebasin-il": check_rebasin_il, "mc-sgd": _check_mc_sgd}.get(method)
     if METHODS[method].baseline and options:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lit_rebasin.cli.errors import UsageError
@@ -16,24 +17,36 @@ class Method:
         merge: What of the merge differs from the configuration, unless ``per_method`` says otherwise; ``None`` for no merge.
         fits: Whether `fit` knows it.
         baseline: Whether `benchmark` runs it with Avalanche's own strategy.
+        unheeded: Keys of the configuration that do not concern it.
     """
 
     replay: bool
     merge: Mapping[str, Any] | None = None
     fits: bool = True
     baseline: bool = False
+    unheeded: tuple[str, ...] = ()
 
 
+# Of our own training step.
+LEARNING = (
+    *(f"model.{name}" for name in ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")),
+    "data.replay_transform",
+)
+_ALIGNMENT = ("merge.method", "merge.cost", "merge.init", "merge.options")
 _PLAIN = {"cost": None, "init": None, "options": None}
+_IDENTITY = {**_PLAIN, "method": "identity"}
+_avalanche = partial(Method, baseline=True, unheeded=LEARNING)
 METHODS = {
-    "finetune": Method(replay=False, baseline=True),
-    "ewc": Method(replay=False, fits=False, baseline=True),
-    "lwf": Method(replay=False, fits=False, baseline=True),
-    "agem": Method(replay=True, fits=False, baseline=True),
-    "replay": Method(replay=True, baseline=True),
-    "der": Method(replay=True, fits=False, baseline=True),
-    "er-ace": Method(replay=True, fits=False, baseline=True),
-    "mc-sgd": Method(replay=True, fits=False),
+    "finetune": _avalanche(replay=False),
+    "ewc": _avalanche(replay=False, fits=False),
+    "lwf": _avalanche(replay=False, fits=False),
+    "agem": _avalanche(replay=True, fits=False),
+    "replay": _avalanche(replay=True),
+    "der": _avalanche(replay=True, fits=False),
+    "er-ace": _avalanche(replay=True, fits=False),
+    "mc-sgd": Method(
+        replay=True, fits=False, unheeded=tuple(key for key in LEARNING if not key.startswith("model.lr_"))
+    ),
     "clewi": Method(
         replay=True,
         merge={
@@ -47,12 +60,30 @@ METHODS = {
         },
         fits=False,
     ),
-    "rebasin-il": Method(replay=True, fits=False),
-    "average": Method(replay=True, merge={**_PLAIN, "method": "identity"}),
+    "rebasin-il": Method(replay=True, fits=False, unheeded=tuple(key for key in LEARNING if key.startswith("model."))),
+    "no-merge": Method(
+        replay=True,
+        merge={**_IDENTITY, "alpha": 0.0, "combine": "average", "statistics": "none"},
+        unheeded=(*_ALIGNMENT, "merge.alpha", "merge.combine", "merge.statistics"),
+    ),
+    "average": Method(replay=True, merge=_IDENTITY, unheeded=_ALIGNMENT),
     "rebasin": Method(replay=True, merge={}),
-    "cumulative": Method(replay=False, fits=False, baseline=True),
-    "joint": Method(replay=False, fits=False, baseline=True),
+    "cumulative": _avalanche(replay=False, fits=False),
+    "joint": _avalanche(replay=False, fits=False),
 }
+
+
+def merge_of(name: str, configured: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what of the merge differs from the configuration to make a method.
+
+    A residual that is trained beside the permutations is no part of the alignment: `average` trains it, too, beside the identity.
+    """
+    method, cost, options = (configured[key] for key in ("method", "cost", "options"))
+    options = options or {}
+    trains_residual = cost in (None, "incremental") and options.get("residual_learning_rate", 1.0) > 0
+    if name == "average" and method == "sinkhorn" and trains_residual:
+        return {"init": "identity", "options": {**options, "learning_rate": 0.0}}
+    return METHODS[name].merge or {}
 
 
 def names_of(command: Literal["fit", "benchmark"]) -> list[str]:

@@ -1,10 +1,12 @@
 """What ``results.json`` holds."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,12 +79,26 @@ def make_results(
             "seeds": list(seeds),
             "missing": list(missing),
             "versions": package_versions(),
+            "commit": _commit(),
             "threads": torch.get_num_threads(),
             "processors": os.cpu_count(),
             "command": " ".join(["lit-rebasin", *sys.argv[1:]]),
         },
         "methods": {method: _numbers(found) for method, found in outcomes.items()},
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of the source that runs, if it lies in a git checkout."""
+    source = Path(__file__).parents[2]
+    if not (source / ".git").exists():
+        return None
+    words = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def _numbers(found: Sequence[Outcome]) -> dict[str, Any]:

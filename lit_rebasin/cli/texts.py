@@ -107,8 +107,9 @@ Train one method over the stream, with TensorBoard logs and checkpoints. Default
 
 Run several methods over several seeds; print a table, write results.json, results.md and pictures. Defaults are in parentheses.
 
- --methods A,B               any of finetune, ewc, lwf, agem, replay, der, er-ace, mc-sgd, clewi, rebasin-il, average, rebasin, cumulative,
-                             joint (finetune,replay,rebasin); the first seven and the last two are run by Avalanche's own strategies
+ --methods A,B               any of finetune, ewc, lwf, agem, replay, der, er-ace, mc-sgd, clewi, rebasin-il, no-merge, average, rebasin,
+                             cumulative, joint (finetune,replay,rebasin); the first seven and the last two are run by Avalanche's own
+                             strategies
  --per_method ...            what differs for a method, best in the file: ewc: {{ewc_lambda: 10}}, rebasin: {{merge.alpha: 0.7}}
  --seeds A,B                 one run a method and seed (0,1,2)
  --overwrite                 replace results that are in output_dir already

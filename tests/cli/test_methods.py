@@ -174,7 +174,7 @@ def test_clewi_is_not_trained_in_parallel(tmp_path, capsys):
 def test_fit_names_what_it_cannot_run(tmp_path, capsys):
     words = ["fit", *SMALL[1:-1], "--method", "ewc", "--output_dir", str(tmp_path)]
     assert main(words) == 2
-    assert "'ewc' is for benchmark; choose from finetune, replay, average, rebasin" in capsys.readouterr().err
+    assert "'ewc' is for benchmark; choose from finetune, replay, no-merge, average, rebasin" in capsys.readouterr().err
 
 
 @pytest.mark.slow
