@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -39,7 +40,10 @@ def step_fisher(step: StepLoss, weights: Mapping[str, Tensor], batches: Sequence
         for batch in batches:
             leaves, structure = pytree.tree_flatten(batch)
             places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
-            count = min(_length([leaves[k] for k in places]), -(-_EXAMPLES // len(batches)))
+            length = _length([leaves[k] for k in places])
+            count = min(length, -(-_EXAMPLES // len(batches)))
+            # Evenly over the batch, whose replayed examples may stand together at its end.
+            chosen = torch.arange(count, device=leaves[places[0]].device) * length // max(1, count)
 
             def loss(
                 measured: dict[str, Tensor], *example: Tensor, leaves: Any = leaves, structure: Any = structure
@@ -50,7 +54,7 @@ def step_fisher(step: StepLoss, weights: Mapping[str, Tensor], batches: Sequence
                 ]
                 return step.at({**weights, **measured}, pytree.tree_unflatten(single, structure))
 
-            squares = SquaredGradients(loss)(measured, *(leaves[k][:count] for k in places))
+            squares = SquaredGradients(loss)(measured, *(leaves[k][chosen] for k in places))
             for name, square in squares.items():
                 totals[name] += square
             examples += count

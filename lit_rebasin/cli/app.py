@@ -1,32 +1,25 @@
-"""The configuration behind both commands, and how a run is built from it."""
+"""The configuration behind both commands."""
 
 import json
 import logging
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RebasinMerge
+from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.methods import METHODS, merge_of
-from lit_rebasin.cli.report import write_text
-from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
-from lit_rebasin.metrics import average_accuracy, forgetting
+from lit_rebasin.cli.methods import METHODS
+from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
 
 PACKAGES = (
     "lit-rebasin",
@@ -39,14 +32,6 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
-
-QUIET: dict[str, Any] = {
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "num_sanity_val_steps": 0,
-}
-FILLED = ("max_epochs", "reload_dataloaders_every_n_epochs", "check_val_every_n_epoch")  # by the stream, unless given
 
 
 def _as_written(value: Namespace) -> dict[str, Any]:
@@ -171,137 +156,6 @@ class ContinualCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Leave it to `build_run`, which does it once a method and seed."""
-
-
-class MethodRecord(pl.Callback):
-    """Puts method and seed into every checkpoint, and refuses to go on from one of another method or seed."""
-
-    def __init__(self, method: str, seed: int) -> None:
-        self.method, self.seed = method, seed
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"method": self.method, "seed": self.seed}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in self.state_dict().items():
-            if state_dict[name] != value:
-                raise UsageError(
-                    f"the checkpoint is of {name} {state_dict[name]}, not {value}; go on with what it was begun with"
-                )
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method with one seed, ready to be fitted."""
-
-    trainer: pl.Trainer
-    model: pl.LightningModule
-    data: ContinualDataModule
-    monitor: ContinualMonitor
-    record: MethodRecord
-    config: Namespace  # what the run was built from, defaults filled in
-
-    @property
-    def n_tasks(self) -> int:
-        """How many tasks are to be trained: all of the stream, or the first ones."""
-        return -(-(self.trainer.max_epochs or 0) // self.data.epochs_per_task)  # fast_dev_run ends inside the first
-
-
-def build_run(
-    cli: ContinualCLI, method: str, seed: int, folder: Path, callbacks: Sequence[pl.Callback], **trainer_options: Any
-) -> Run:
-    """Seed everything, and build model, data and Trainer from the configuration.
-
-    Args:
-        cli: The parsed configuration.
-        method: A name of `METHODS`.
-        seed: Of the initial weights, the stream and everything drawn.
-        folder: Where logs go.
-        callbacks: Further callbacks.
-        **trainer_options: Take the place of the configuration's.
-    """
-    chosen = METHODS[method]
-    config = cli.config.clone()
-    config.seed_everything = config.data.seed = config.merge.seed = seed
-    config.method = method
-    if not chosen.replay:
-        config.data.replay_per_class = 0
-    for name, value in merge_settings(cli, method).items():
-        if name != "seed":
-            config.merge[name] = value
-    for key in chosen.unheeded:  # what the method is made of is not for the configuration to change
-        if not key.startswith("merge."):
-            config[key] = cli.parser.get_defaults()[key]
-    if config.data_dir is not None:
-        config.data.data_dir = config.data_dir
-    pl.seed_everything(seed, verbose=False)
-    made = cli.parser.instantiate(config)
-    config.data.n_tasks, config.data.scenario = made.data.n_tasks, made.data.stream.scenario
-    _fill_trainer(config.trainer, made.data)
-    options = {**vars(made.trainer), **{name: config.trainer[name] for name in FILLED}, **trainer_options}
-    monitor, record = ContinualMonitor(), MethodRecord(method, seed)
-    model, merges = _learner(method, made, cli.strategy_options(method), seed)
-    logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
-    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, *callbacks]
-    trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
-    return Run(trainer, model, made.data, monitor, record, config)
-
-
-def merge_settings(cli: ContinualCLI, method: str) -> dict[str, Any]:
-    """Return the arguments of a method's merge: the configuration's, but for what makes the method, unless ``per_method`` says otherwise."""
-    given = cli.config.per_method.get(method, {})
-    own = {
-        name: value
-        for name, value in merge_of(method, cli.config.merge.as_dict()).items()
-        if f"merge.{name}" not in given
-    }
-    return {**cli.config.merge.as_dict(), **own}
-
-
-def _learner(
-    method: str, made: Namespace, options: dict[str, Any], seed: int
-) -> tuple[pl.LightningModule, list[pl.Callback]]:
-    """Return what a method trains, and the callback that makes it the method."""
-    if method == "rebasin-il":
-        return RebasinIL(made.model, seed=seed, **options), []
-    if method == "mc-sgd":
-        return made.model, [ModeConnectivity(seed=seed, **options)]
-    return made.model, [made.merge] if METHODS[method].merge is not None else []
-
-
-def write_record(cli: ContinualCLI, run: Run, folder: Path) -> None:
-    """Write what is going to run: the configuration, the versions, and the hyper-parameters for the loggers."""
-    text = cli.parser.dump(run.config, skip_validation=True)
-    write_text(folder / "config.yaml", text)
-    write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams({**run.record.state_dict(), "model": yaml.safe_load(text)["model"]})
-
-
-def log_outcome(run: Run, matrix: Tensor) -> None:
-    """Put the run's hyper-parameters beside its outcome on TensorBoard's HPARAMS page, which needs both at once."""
-    outcome = {"outcome/average_accuracy": average_accuracy(matrix), "outcome/forgetting": forgetting(matrix)}
-    outcome = {name: value for name, value in outcome.items() if isfinite(value)}
-    for logger in run.trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(dict(logger.hparams), outcome, step=len(matrix) - 1)
-            logger.finalize("success")
-
-
-def _fill_trainer(options: Namespace, data: ContinualDataModule) -> None:
-    """Fit the Trainer to the stream where the configuration leaves it open."""
-    if options.max_epochs is None and options.max_steps == -1:
-        options.max_epochs = data.n_tasks * data.epochs_per_task
-    if options.reload_dataloaders_every_n_epochs == 0:
-        options.reload_dataloaders_every_n_epochs = 1
-    if options.check_val_every_n_epoch == 1:
-        options.check_val_every_n_epoch = data.epochs_per_task
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def package_versions() -> dict[str, str]:

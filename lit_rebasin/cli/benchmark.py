@@ -15,9 +15,9 @@ from lit_rebasin.cli.app import (
     prepare_folder,
     set_threads,
 )
-from lit_rebasin.cli.completeness import check_trainer
+from lit_rebasin.cli.completeness import check_trainer, is_all
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.methods import METHODS, check_methods
+from lit_rebasin.cli.methods import LEARNING, METHODS, check_methods
 from lit_rebasin.cli.parallel_tasks import check_parallel
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, Setting, make_results
@@ -65,6 +65,7 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
             _check_baselines(vars(own.config.trainer))
         if own.config.parallel_tasks > 1 and METHODS[method].merge is not None:
             check_parallel(own, method)
+    _say_what_is_not_heeded(cli, methods)
     set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir)
     if (folder / "results.json").exists() and not cli.config.overwrite:
@@ -72,7 +73,7 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
             f"{folder} holds results already; choose another --output_dir, or pass --overwrite to replace them"
         )
     planned = [(method, seed) for method in methods for seed in seeds]
-    outcomes: dict[str, list[Outcome]] = {}
+    found: dict[tuple[str, int], Outcome] = {}
     results: dict[str, Any] = {}
     try:
         with _progress() as progress:
@@ -81,11 +82,9 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
             def report(share: float, text: str) -> None:
                 progress.update(bar, advance=share, description=text)
 
-            finished = _finished(cli, configured, planned, folder, report)
-            for done, ((method, _), (outcome, setting)) in enumerate(zip(planned, finished, strict=True), start=1):
-                outcomes.setdefault(method, []).append(outcome)
-                missing = [f"{name} seed {number}" for name, number in planned[done:]]
-                results = make_results(cli, setting, seeds, outcomes, missing)
+            for run, outcome, setting in _finished(cli, configured, planned, folder, report):
+                found[run] = outcome
+                results = make_results(cli, setting, seeds, planned, found)
                 write_results(folder, results)
     except BaseException as error:
         if results:
@@ -106,16 +105,16 @@ def _finished(
     planned: Sequence[tuple[str, int]],
     folder: Path,
     report: Report,
-) -> Iterator[tuple[Outcome, Setting]]:
-    """Run methods with seeds, and yield what each comes to as soon as those before it are finished."""
+) -> Iterator[tuple[tuple[str, int], Outcome, Setting]]:
+    """Run methods with seeds, and yield what each comes to as soon as it is finished."""
     places = [folder / method / f"seed_{seed}" for method, seed in planned]
     if cli.config.processes == 1:
         for (method, seed), place in zip(planned, places, strict=True):
-            yield run_here(configured[method], method, seed, place, report)
+            yield (method, seed), *run_here(configured[method], method, seed, place, report)
         return
-    for number, found in enumerate(run_side_by_side(cli, planned, places, cli.config.processes), start=1):
+    for number, (k, found) in enumerate(run_side_by_side(cli, planned, places, cli.config.processes), start=1):
         report(1, f"{number} of {len(planned)} runs")
-        yield found
+        yield planned[k], *found
 
 
 def _check_options(method: str, cli: ContinualCLI) -> None:
@@ -151,17 +150,34 @@ def _check_mc_sgd(options: dict[str, Any]) -> None:
 
 def _check_baselines(options: Mapping[str, Any]) -> None:
     """Raise a `UsageError` for arguments of the Trainer that Avalanche's loops would not heed beside ours."""
-    plain = {
-        "limit_train_batches": (None, 1.0),
-        "gradient_clip_val": (None, 0),
-        "accumulate_grad_batches": (1,),
-        "precision": (None, 32, "32", "32-true"),
+    unheeded = {
+        "limit_train_batches": not is_all(options["limit_train_batches"]),
+        "gradient_clip_val": options["gradient_clip_val"] not in (None, 0),
+        "accumulate_grad_batches": options["accumulate_grad_batches"] != 1,
+        "precision": options["precision"] not in (None, 32, "32", "32-true"),
+        "callbacks": bool(options["callbacks"]),
     }
-    for name, values in plain.items():
-        if options[name] not in values:
+    for name, is_unheeded in unheeded.items():
+        if is_unheeded:
             raise UsageError(
-                f"trainer.{name} {options[name]} would not concern the methods that Avalanche runs; leave it out, or leave them out of methods"
+                f"trainer.{name} {_shown(options[name])} would not concern the methods that Avalanche runs; leave it out, or leave "
+                "them out of methods"
             )
+
+
+def _shown(value: Any) -> str:
+    """Return a value of the Trainer's in words."""
+    kinds = [getattr(one, "class_path", one) for one in value] if isinstance(value, list) else [value]
+    return ", ".join(map(str, kinds))
+
+
+def _say_what_is_not_heeded(cli: ContinualCLI, methods: Sequence[str]) -> None:
+    """Name what is set for all methods and does not concern some of them."""
+    usual = cli.parser.get_defaults()
+    for key in LEARNING:
+        without = [method for method in methods if key in METHODS[method].unheeded]
+        if without and cli.config.get(key) != usual.get(key):
+            Console(stderr=True, soft_wrap=True).print(f"{key} does not concern {', '.join(without)}.")
 
 
 def _methods(given: list[str] | str | None) -> list[str]:

@@ -16,13 +16,19 @@ def check_trainer(options: Mapping[str, Any], epochs_per_task: int) -> None:
             f"trainer.check_val_every_n_epoch {every} misses the end of tasks of {epochs_per_task} epochs; "
             "leave it out, or pass a divisor of data.epochs_per_task"
         )
+    epochs = options["max_epochs"]
+    if epochs is not None and (epochs < 1 or epochs % epochs_per_task):
+        raise UsageError(
+            f"trainer.max_epochs {epochs} ends inside a task of {epochs_per_task} epochs; leave it out for the whole stream, or pass a "
+            "multiple of data.epochs_per_task"
+        )
     unfit = {
         "fast_dev_run": bool(options["fast_dev_run"]),
         "max_steps": options["max_steps"] != -1,
         "max_time": options["max_time"] is not None,
         "overfit_batches": options["overfit_batches"] != 0,
         "limit_train_batches": options["limit_train_batches"] == 0,
-        "limit_val_batches": options["limit_val_batches"] == 0,
+        "limit_val_batches": not is_all(options["limit_val_batches"]),
         "val_check_interval": options["val_check_interval"] not in (None, 1.0),
     }
     for name, is_unfit in unfit.items():
@@ -30,6 +36,11 @@ def check_trainer(options: Mapping[str, Any], epochs_per_task: int) -> None:
             raise UsageError(
                 f"trainer.{name} {options[name]} would leave tasks of the benchmark unfinished or not measured; leave it out"
             )
+
+
+def is_all(share: float | None) -> bool:
+    """Return whether a limit of the Trainer's lets every batch through; 1 is one batch, 1.0 is all."""
+    return share is None or (isinstance(share, float) and share == 1)
 
 
 def complete(matrix: Tensor, n_tasks: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_rebasin.cli.app import ContinualCLI, Run, build_run, log_outcome, prepare_folder, set_threads, write_record
+from lit_rebasin.cli.app import ContinualCLI, prepare_folder, set_threads
+from lit_rebasin.cli.build import Run, build_run, log_outcome, write_record
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.report import print_accuracy
@@ -27,6 +28,8 @@ def run_fit(arguments: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     cli = ContinualCLI("fit", arguments)
     method, seed, path = cli.config.method, int(cli.config.seed_everything), cli.config.ckpt_path
+    check_methods([method], 1, "fit")
+    cli = cli.for_method(method)
     check_methods([method], cli.config.data.replay_per_class, "fit")
     set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir) / "fit" / method / f"seed_{seed}"

@@ -15,7 +15,8 @@ from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.callbacks.report import log_accuracies, log_merge
 from lit_rebasin.callbacks.start import begin
 from lit_rebasin.callbacks.step_loss import StepLoss
-from lit_rebasin.cli.app import QUIET, ContinualCLI, Run, build_run, hush, merge_settings
+from lit_rebasin.cli.app import ContinualCLI, hush
+from lit_rebasin.cli.build import QUIET, Run, build_run, merge_settings
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.continual.evaluate import evaluate
 from lit_rebasin.metrics import ContinualAccuracy

@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from lit_rebasin.cli.app import FILLED, ContinualCLI, Run, package_versions
+from lit_rebasin.cli.app import ContinualCLI, package_versions
+from lit_rebasin.cli.build import FILLED, Run
 from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
 
 
@@ -54,8 +55,8 @@ def make_results(
     cli: ContinualCLI,
     setting: Setting,
     seeds: Sequence[int],
-    outcomes: Mapping[str, Sequence[Outcome]],
-    missing: Sequence[str],
+    planned: Sequence[tuple[str, int]],
+    found: Mapping[tuple[str, int], Outcome],
 ) -> dict[str, Any]:
     """Return the content of ``results.json``.
 
@@ -63,9 +64,14 @@ def make_results(
         cli: The parsed configuration.
         setting: Of any of the runs.
         seeds: Those asked for.
-        outcomes: By method, one for each of the first seeds.
-        missing: The runs that are not finished, in words.
+        planned: All runs, by method and seed.
+        found: What those come to that are finished.
     """
+    missing = [f"{method} seed {seed}" for method, seed in planned if (method, seed) not in found]
+    outcomes: dict[str, list[Outcome]] = {}
+    for run in planned:
+        if run in found:
+            outcomes.setdefault(run[0], []).append(found[run])
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
     for key in ("methods", "seeds", "method", "seed_everything", "output_dir", "overwrite", "ckpt_path"):
         config.pop(key, None)
@@ -77,7 +83,7 @@ def make_results(
         "protocol": {
             **config,
             "seeds": list(seeds),
-            "missing": list(missing),
+            "missing": missing,
             "versions": package_versions(),
             "commit": _commit(),
             "threads": torch.get_num_threads(),

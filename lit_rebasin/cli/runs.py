@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.callbacks.report import log_accuracies
-from lit_rebasin.cli.app import QUIET, ContinualCLI, Run, build_run, hush, log_outcome, set_threads, write_record
+from lit_rebasin.cli.app import ContinualCLI, hush, set_threads
+from lit_rebasin.cli.build import QUIET, Run, build_run, log_outcome, write_record
 from lit_rebasin.cli.completeness import complete
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
@@ -40,17 +41,17 @@ def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Re
 
 def run_side_by_side(
     cli: ContinualCLI, planned: Sequence[tuple[str, int]], places: Sequence[Path], processes: int
-) -> Iterator[tuple[Outcome, Setting]]:
-    """Yield what every method with its seed comes to, in their order, run in several processes at a time."""
+) -> Iterator[tuple[int, tuple[Outcome, Setting]]]:
+    """Yield the places of methods with their seeds among those planned, and what they come to, run in several processes at a time."""
     jobs = [
         (cli.arguments, method, seed, place, cli.config.threads)
         for (method, seed), place in zip(planned, places, strict=True)
     ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_in_process, job) for job in jobs]
+        futures = {pool.submit(_in_process, job): number for number, job in enumerate(jobs)}
         try:
-            for future in futures:
-                yield future.result()
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

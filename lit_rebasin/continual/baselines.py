@@ -127,11 +127,13 @@ def run_baseline(
         The accuracy matrix ``(T, T)`` on the data of ``data.val_dataloader()``. Of ``joint`` only the last row is measured, the others are NaN.
 
     Raises:
-        ValueError: If there is no such strategy, the strategy has no such option, or it knows no heads.
+        ValueError: If there is no such strategy, the strategy has no such option or knows no heads, or the stream has fewer tasks.
     """
     if name in ONE_HEAD and data.n_heads > 1:
         raise ValueError(f"Avalanche's strategy for {name!r} knows no network with a head a task.")
     n_tasks = n_tasks or data.n_tasks
+    if n_tasks > data.n_tasks:
+        raise ValueError(f"n_tasks={n_tasks}, but the stream has {data.n_tasks}: pass that many or fewer.")
     datasets = [_dataset(data, task) for task in range(n_tasks)]
     of_tasks = [data.replay_per_class * len(dataset.targets.uniques) for dataset in datasets]
     memory = _Memory(sum(of_tasks), max(of_tasks), data.replay_per_class, n_tasks, data.batch_size)

@@ -78,7 +78,8 @@ class RebasinIL(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizers of a task; called again whenever the stream moves to its next one."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.task == 0:
+        if data.task == 0:  # of an earlier fit nothing is left
+            self.rebasin, self.residual, self._spec = None, nn.ParameterDict(), None
             return self.classifier.optimizer(self.classifier.parameters())
         if self._spec is None:
             self._spec = permutation_spec(self.classifier, *_example(data, self.device))

@@ -99,6 +99,35 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, caps
     assert sweep(tmp_path, "--vary", "merge.alpha=0.1") == 0
     assert sweep(tmp_path, "--vary", "merge.alpha=0.1", "--seeds", "7") == 2
     assert "holds trials of a sweep with other seeds" in capsys.readouterr().err
+    assert sweep(tmp_path, "--vary", "merge.alpha=0.1", "--merge.batches=3") == 2
+    assert "holds trials of a sweep with other words" in capsys.readouterr().err
+
+
+def test_a_sweep_of_a_file_that_has_changed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", lambda *_: None)
+    file, out = tmp_path / "c.yaml", tmp_path / "out"
+    words = [f"--config={file}", "--vary", "merge.alpha=0.1"]
+    for batches, code in ((3, 0), (3, 0), (4, 2)):
+        file.write_text(f"merge: {{batches: {batches}}}\n")
+        assert sweep(out, *words) == code
+    assert "holds trials of a sweep with other files" in capsys.readouterr().err
+
+
+def test_a_trial_that_is_not_finished_is_run_again(tmp_path, monkeypatch):
+    run = []
+
+    def noted(trial, *_):
+        run.append(trial.name)
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        missing = ["rebasin seed 101"] if len(run) == 1 else []
+        numbers = {"accuracy": [0.5], "forgetting": [0.1]}
+        results = {"protocol": {"missing": missing}, "methods": {"rebasin": numbers}}
+        (trial.folder / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", noted)
+    for _ in range(3):
+        assert sweep(tmp_path, "--vary", "merge.alpha=0.1") == 0
+    assert run == ["merge.alpha=0.1"] * 2
 
 
 @pytest.mark.slow

@@ -157,6 +157,30 @@ def test_memories_are_as_large_as_ours(monkeypatch):
     assert [len(buffer) for buffer in plugin.buffers] == [30, 30, 30]
 
 
+def test_a_step_sees_as_many_kept_examples_as_new_ones(monkeypatch):
+    for name in ("der", "er-ace"):
+        strategy, _ = made(monkeypatch, name, batch_size=20)
+        assert strategy.batch_size_mem == 20, name
+        strategy, _ = made(monkeypatch, name, batch_size=500)
+        assert strategy.batch_size_mem == 90, f"{name} has 90 in all"
+    for batch_size, count in ((20, 64), (100, 100)):
+        agem, _ = made(monkeypatch, "agem", batch_size=batch_size)
+        (plugin,) = [one for one in agem.plugins if isinstance(one, AGEMPlugin)]
+        assert plugin.sample_size == count
+
+
+def test_dropout_is_off_when_accuracies_are_measured():
+    data = stream(n_tasks=2)
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.9), nn.Linear(32, 10))
+    model = ContinualClassifier(body)
+    matrix = run_baseline("finetune", model, data)
+    model.eval()
+    with torch.no_grad():
+        right = [torch.cat([model(x).argmax(1) == y for x, y, _ in loader]) for loader in data.val_dataloader()]
+    assert matrix[1].tolist() == pytest.approx([float(one.double().mean()) for one in right])
+
+
 def test_agem_with_batches_smaller_than_the_number_of_tasks():
     data = stream(n_tasks=6, epochs_per_task=1, batch_size=4)
     assert run_baseline("agem", network(data), data).shape == (6, 6)

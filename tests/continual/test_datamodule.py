@@ -91,6 +91,15 @@ def test_each_task_keeps_a_choice_of_its_own():
     assert len(kept) == 3
 
 
+def test_what_is_kept_and_what_is_held_back_depends_on_the_seed():
+    one, other = (digits(replay_per_class=3, validation_fraction=0.25, seed=seed) for seed in (0, 1))
+    kept = [data.kept_examples(1)[0] for data in (one, other)]
+    held = [next(iter(data.val_dataloader()[0]))[0] for data in (one, other)]
+    for pair in (kept, held):
+        assert pair[0].shape == pair[1].shape
+        assert not torch.equal(*pair)
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     data = digits()
     loader = data.train_dataloader()

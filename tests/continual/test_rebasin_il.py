@@ -80,11 +80,12 @@ def test_start_of_permutations_and_residual(watched):
 
 
 def test_a_step_is_that_of_the_formulas(watched):
-    """The residual after a step: SGD with weight decay on the clipped gradient of the cost at the midpoint."""
+    """SGD with weight decay on the clipped gradient of the cost at the midpoint for the residual, AdamW at 0.1 for the logits."""
     _, seen = watched
     index = next(i for i, entry in enumerate(seen) if entry[0] == 1)
     _, weights, logits, residual, (x, y, _) = seen[index]
-    plan = soft(logits)
+    free = logits.double().requires_grad_()
+    plan = soft(free)
     w1, b1 = weights["backbone.1.weight"].double(), weights["backbone.1.bias"].double()
     w2, b2 = weights["backbone.3.weight"].double(), weights["backbone.3.bias"].double()
     delta = {name: tensor.double().requires_grad_() for name, tensor in residual.items()}
@@ -96,6 +97,11 @@ def test_a_step_is_that_of_the_formulas(watched):
         expected = tensor - 0.05 * (tensor.grad.clamp(-1e-3, 1e-3) + 0.1 * tensor)
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-4, atol=1e-8)
         assert float(tensor.grad.abs().max()) > 1e-3
+    # The first step of Adam is as long for every entry; the decay is torch's own.
+    expected = logits.double() * (1 - 0.1 * 0.01) - 0.1 * free.grad.sign()
+    clear = free.grad.abs() > 1e-6
+    assert clear.double().mean() > 0.9
+    torch.testing.assert_close(seen[index + 1][2].double()[clear], expected[clear], rtol=0, atol=2e-3)
 
 
 def test_the_task_ends_with_the_merge(watched):
@@ -109,6 +115,24 @@ def test_the_task_ends_with_the_merge(watched):
     moved = weights["backbone.3.weight"][:, torch.as_tensor(columns)]
     expected = 0.8 * weights["backbone.3.weight"] + 0.2 * moved + model._residual()["backbone.3.weight"]
     torch.testing.assert_close(model.classifier.backbone[3].weight, expected)
+
+
+def test_every_task_starts_from_noise_of_its_own():
+    watch = Watch()
+    fit(RebasinIL(network()), tasks=3, callbacks=[watch])
+    first, second = (next(logits for t, _, logits, *_ in watch.seen if t == task) for task in (1, 2))
+    assert not torch.allclose(first, second, atol=0.01)
+
+
+def test_a_second_fit_begins_anew():
+    model, other = RebasinIL(network()), RebasinIL(network())
+    fit(model)
+    model.classifier.load_state_dict(other.classifier.state_dict())
+    for one in (model, other):
+        fit(one, tasks=1)
+    assert model.rebasin is None
+    assert len(model.state_dict()) == len(other.state_dict())
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_same_seed_gives_the_same_network():
