@@ -68,7 +68,7 @@ def draw(found):
             )
             panel.plot(range(1, len(middle) + 1), middle, label=method, **style)
         panel.set(
-            title=name.split("+")[0].replace("_", " "),
+            title=title(name),
             xlabel="tasks learned",
             ylabel="average accuracy %",
             ylim=(10, 100),
@@ -78,6 +78,13 @@ def draw(found):
         panel.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(RESULTS / "continual.png", dpi=150)
+
+
+def title(name):
+    """Return the name of a benchmark, and what is special about its data."""
+    first = name.split("+")[0]
+    benchmark = json.loads((RESULTS / first / "results.json").read_text())["benchmark"]
+    return first.replace("_", " ") + (" (unofficial re-split)" if benchmark == "arrays" else "")
 
 
 def _short(part, name):
@@ -92,7 +99,11 @@ def main():
     names = parser.parse_args().names
     found = {name: joined(name.split("+")) for name in names}
     methods = list(dict.fromkeys(method for name in names for method in found[name]))
-    heads = [", ".join(f"[{_short(part, name)}]({part}/results.md)" for part in name.split("+")) for name in names]
+    heads = [
+        ", ".join(f"[{_short(part, name)}]({part}/results.md)" for part in name.split("+"))
+        + (" (unofficial re-split)" if "re-split" in title(name) else "")
+        for name in names
+    ]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(names)]
     for method in methods:
         cells = []
