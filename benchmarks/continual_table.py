@@ -16,6 +16,8 @@ from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 
+from lit_rebasin.cli.methods import METHODS
+
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
@@ -50,8 +52,8 @@ def forgetting_from_best(matrix):
 
 
 def draw(found):
-    """Draw the average accuracy over the tasks so far of every benchmark."""
-    every = dict.fromkeys(method for methods in found.values() for method in methods)
+    """Draw the average accuracy over the tasks so far of every benchmark, and between which values the seeds lie."""
+    every = [method for method in METHODS if any(method in methods for methods in found.values())]
     colors = {method: f"C{number}" for number, method in enumerate(every)}
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
@@ -59,14 +61,18 @@ def draw(found):
     for panel in axes.flat[len(found) :]:
         panel.remove()
     for panel, (name, methods) in zip(axes.flat, found.items(), strict=False):
-        for method, numbers in methods.items():
+        for method, numbers in ((method, methods[method]) for method in every if method in methods):
             curves = [[mean(row[: t + 1]) for t, row in enumerate(matrix)] for matrix in numbers["accuracy_matrix"]]
-            middle = [100 * mean(values) for values in zip(*curves, strict=True)]
+            at_task = [[100 * value for value in values] for values in zip(*curves, strict=True)]
+            middle = [mean(values) for values in at_task]
             # The two that may coincide are told apart by dots upon the line.
             style = (
                 {"linestyle": ":", "color": "black", "zorder": 3} if method == "average" else {"color": colors[method]}
             )
-            panel.plot(range(1, len(middle) + 1), middle, label=method, **style)
+            tasks = range(1, len(middle) + 1)
+            panel.plot(tasks, middle, label=method, **style)
+            low, high = ([pick(values) for values in at_task] for pick in (min, max))
+            panel.fill_between(tasks, low, high, color=style["color"], alpha=0.15, linewidth=0)
         panel.set(
             title=title(name),
             xlabel="tasks learned",
@@ -98,7 +104,7 @@ def main():
     parser.add_argument("names", nargs="+")
     names = parser.parse_args().names
     found = {name: joined(name.split("+")) for name in names}
-    methods = list(dict.fromkeys(method for name in names for method in found[name]))
+    methods = [method for method in METHODS if any(method in numbers for numbers in found.values())]
     heads = [
         ", ".join(f"[{_short(part, name)}]({part}/results.md)" for part in name.split("+"))
         + (" (unofficial re-split)" if "re-split" in title(name) else "")

@@ -42,16 +42,26 @@ def _as_written(value: Namespace) -> dict[str, Any]:
     return written
 
 
+def _files_first(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with its configuration files in front, so that what is given by hand goes before what a file says."""
+    files: list[str] = []
+    others: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        named = word.startswith("--config=") or {"-c", "--config"} & {word, before}
+        (files if named else others).append(word)
+    return files + others
+
+
 class ContinualCLI(LightningCLI):
     """Parse the one YAML file that both commands read; nothing is instantiated until a method and a seed are chosen."""
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
-        self.command, self.arguments = command, list(arguments)
+        self.command, self.arguments = command, _files_first(arguments)
         try:
             super().__init__(
                 ContinualClassifier,
                 ContinualDataModule,
-                args=list(arguments),
+                args=self.arguments,
                 run=False,
                 save_config_callback=None,
                 seed_everything_default=0,

@@ -1,35 +1,24 @@
 """Several methods over several seeds on one stream."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lit_rebasin.callbacks import ModeConnectivity
 from lit_rebasin.cli.app import (
     ContinualCLI,
     hush,
     prepare_folder,
     set_threads,
 )
-from lit_rebasin.cli.completeness import check_trainer, is_all
+from lit_rebasin.cli.checks import check_benchmark
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.methods import LEARNING, METHODS, check_methods
-from lit_rebasin.cli.parallel_tasks import check_parallel
+from lit_rebasin.cli.methods import LEARNING, METHODS
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, Setting, make_results
 from lit_rebasin.cli.runs import Report, run_here, run_side_by_side
-from lit_rebasin.continual.datamodule import LARGEST_SEED
-from lit_rebasin.continual.rebasin_il import check_rebasin_il
-
-# What all methods of a benchmark have in common.
-PROTOCOL = (
-    *(f"data.{name}" for name in ("benchmark", "n_tasks", "scenario", "data_dir", "validation_fraction", "seed")),
-    "data_dir",
-)
 
 
 def run_benchmark(arguments: Sequence[str]) -> None:
@@ -46,25 +35,7 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     Returns:
         What ``results.json`` holds.
     """
-    methods, seeds = _methods(cli.config.methods), _seeds(cli.config.seeds)
-    for names in (methods, [*methods, *cli.config.per_method]):
-        check_methods(names, 1, "benchmark")
-    for name in ("parallel_tasks", "processes"):
-        if cli.config[name] < 1:
-            raise UsageError(f"{name} must be at least 1, got {cli.config[name]}")
-    if cli.config.parallel_tasks > 1 and cli.config.processes > 1:
-        raise UsageError(
-            "--processes runs methods and seeds side by side, --parallel_tasks the tasks of each: choose one"
-        )
-    configured = {method: cli.for_method(method) for method in methods}
-    for method, own in configured.items():
-        check_trainer(vars(own.config.trainer), own.config.data.epochs_per_task)
-        check_methods([method], own.config.data.replay_per_class, "benchmark")
-        _check_options(method, own)
-        if METHODS[method].baseline:
-            _check_baselines(vars(own.config.trainer))
-        if own.config.parallel_tasks > 1 and METHODS[method].merge is not None:
-            check_parallel(own, method)
+    methods, seeds, configured = check_benchmark(cli)
     _say_what_is_not_heeded(cli, methods)
     set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir)
@@ -117,60 +88,6 @@ def _finished(
         yield planned[k], *found
 
 
-def _check_options(method: str, cli: ContinualCLI) -> None:
-    """Raise a `UsageError` for what ``per_method`` cannot say of a method."""
-    for key in cli.config.per_method.get(method, {}):
-        if key in PROTOCOL or key.startswith("trainer."):
-            raise UsageError(
-                f"per_method of {method!r}: {key} is the same for all methods of a benchmark; set it outside"
-            )
-        if key in METHODS[method].unheeded or (key.startswith("merge.") and METHODS[method].merge is None):
-            kind = "a method that Avalanche runs" if METHODS[method].baseline else "this method"
-            raise UsageError(f"per_method of {method!r}: {key} would not concern {kind}; leave it out")
-    options = cli.strategy_options(method)
-    check = {"rebasin-il": check_rebasin_il, "mc-sgd": _check_mc_sgd}.get(method)
-    if METHODS[method].baseline and options:
-        from lit_rebasin.continual.baselines import check_options
-
-        check = partial(check_options, method)
-    if check is None and options:
-        raise UsageError(
-            f"per_method of {method!r}: there is no key {next(iter(options))!r}; name it in full, as in merge.alpha"
-        )
-    try:
-        if check is not None:
-            check(options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"per_method of {method!r}: {error}") from None
-
-
-def _check_mc_sgd(options: dict[str, Any]) -> None:
-    ModeConnectivity(**options)
-
-
-def _check_baselines(options: Mapping[str, Any]) -> None:
-    """Raise a `UsageError` for arguments of the Trainer that Avalanche's loops would not heed beside ours."""
-    unheeded = {
-        "limit_train_batches": not is_all(options["limit_train_batches"]),
-        "gradient_clip_val": options["gradient_clip_val"] not in (None, 0),
-        "accumulate_grad_batches": options["accumulate_grad_batches"] != 1,
-        "precision": options["precision"] not in (None, 32, "32", "32-true"),
-        "callbacks": bool(options["callbacks"]),
-    }
-    for name, is_unheeded in unheeded.items():
-        if is_unheeded:
-            raise UsageError(
-                f"trainer.{name} {_shown(options[name])} would not concern the methods that Avalanche runs; leave it out, or leave "
-                "them out of methods"
-            )
-
-
-def _shown(value: Any) -> str:
-    """Return a value of the Trainer's in words."""
-    kinds = [getattr(one, "class_path", one) for one in value] if isinstance(value, list) else [value]
-    return ", ".join(map(str, kinds))
-
-
 def _say_what_is_not_heeded(cli: ContinualCLI, methods: Sequence[str]) -> None:
     """Name what is set for all methods and does not concern some of them."""
     usual = cli.parser.get_defaults()
@@ -178,23 +95,6 @@ def _say_what_is_not_heeded(cli: ContinualCLI, methods: Sequence[str]) -> None:
         without = [method for method in methods if key in METHODS[method].unheeded]
         if without and cli.config.get(key) != usual.get(key):
             Console(stderr=True, soft_wrap=True).print(f"{key} does not concern {', '.join(without)}.")
-
-
-def _methods(given: list[str] | str | None) -> list[str]:
-    names = given.split(",") if isinstance(given, str) else given or []
-    names = list(dict.fromkeys(name.strip() for name in names))
-    return sorted(names, key=lambda name: list(METHODS).index(name) if name in METHODS else len(METHODS))
-
-
-def _seeds(given: list[int] | int | str | None) -> list[int]:
-    words = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given or []
-    try:
-        seeds = [int(word) for word in words]
-    except ValueError:
-        raise UsageError(f"seeds must be whole numbers such as 0,1,2, got {given!r}") from None
-    if not seeds or min(seeds) < 0 or max(seeds) > LARGEST_SEED or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds must be different whole numbers from 0 to {LARGEST_SEED}, got {given!r}")
-    return seeds
 
 
 def _progress() -> Progress:

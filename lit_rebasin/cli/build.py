@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,7 +19,8 @@ from lit_rebasin.cli.app import ContinualCLI, package_versions
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, merge_of
 from lit_rebasin.cli.report import write_text
-from lit_rebasin.continual import ContinualDataModule, RebasinIL
+from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
+from lit_rebasin.merging.data import evaluating
 from lit_rebasin.metrics import average_accuracy, forgetting
 
 QUIET: dict[str, Any] = {
@@ -95,6 +97,7 @@ def build_run(
         config.data.data_dir = config.data_dir
     pl.seed_everything(seed, verbose=False)
     made = cli.parser.instantiate(config)
+    _check_network(made.model, made.data)
     config.data.n_tasks, config.data.scenario = made.data.n_tasks, made.data.stream.scenario
     _fill_trainer(config.trainer, made.data)
     options = {**vars(made.trainer), **{name: config.trainer[name] for name in FILLED}, **trainer_options}
@@ -104,6 +107,23 @@ def build_run(
     options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, *callbacks]
     trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
     return Run(trainer, model, made.data, monitor, record, config)
+
+
+def _check_network(model: ContinualClassifier, data: ContinualDataModule) -> None:
+    """See that the network takes the images, and the optimizer its arguments, before anything is written."""
+    x, tasks = torch.zeros(2, *data.input_shape), torch.zeros(2, dtype=torch.long)
+    try:
+        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
+            model(x, tasks)
+    except RuntimeError as error:
+        shape = " x ".join(map(str, data.input_shape))
+        raise RuntimeError(
+            f"model.backbone does not take images of {shape}, as {data.stream.name} has: {error}"
+        ) from error
+    try:
+        model.optimizer(model.parameters())
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model.optimizer: {error}") from None
 
 
 def merge_settings(cli: ContinualCLI, method: str) -> dict[str, Any]:

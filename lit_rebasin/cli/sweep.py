@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lit_rebasin.cli.app import ContinualCLI, hush
+from lit_rebasin.cli.app import ContinualCLI, hush, prepare_folder
+from lit_rebasin.cli.checks import check_benchmark
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.report import cell, write_text
@@ -49,22 +50,43 @@ def run_sweep(arguments: Sequence[str]) -> None:
     hush()
     options, words = _parse(arguments)
     per_method = ContinualCLI("benchmark", words).config.per_method
-    folder = Path(options.output_dir)
+    _check(_choices(options), options, words, per_method)
+    folder = prepare_folder(options.output_dir)
     trials = [Trial(settings, folder / f"trial_{n:03d}") for n, settings in _numbered(options, words, folder)]
     method, failed = options.method, {}
     waiting = [trial for trial in trials if trial.result(method) is None]
-    with ThreadPoolExecutor(options.processes) as pool:
-        running = {pool.submit(_run, trial, options, words, per_method): trial for trial in waiting}
-        console = Console(stderr=True)
+    pool = ThreadPoolExecutor(options.processes)
+    running = {pool.submit(_run, trial, options, words, per_method): trial for trial in waiting}
+    console = Console(stderr=True)
+    try:
         for future in track(as_completed(running), "sweep", total=len(running), console=console):
             if future.result():
                 failed[running[future].name] = future.result()
-    rows = _rows(trials, method)
-    _write(folder, method, rows, options, arguments)
-    Console().print(_table(rows, method))
+    except KeyboardInterrupt as error:
+        pool.shutdown(cancel_futures=True)
+        done = sum(trial.result(method) is not None for trial in trials)
+        error.add_note(f"{done} of {len(trials)} trials are finished; the same command goes on with the others")
+        raise
+    finally:
+        rows = _rows(trials, method)
+        _write(folder, method, rows, options, arguments)
+        if rows:
+            Console().print(_table(rows, method))
     if failed:
-        name, error = next(iter(failed.items()))
-        raise RuntimeError(f"{len(failed)} of {len(trials)} trials failed; the first, with {name}: {error}")
+        name, reason = next(iter(failed.items()))
+        raise RuntimeError(f"{len(failed)} of {len(trials)} trials failed; the first, with {name}: {reason}")
+
+
+def _check(
+    choices: Sequence[Mapping[str, str]], options: Namespace, words: Sequence[str], per_method: Mapping[str, Any]
+) -> None:
+    """Raise a `UsageError` for a choice that its run would refuse, before any is run."""
+    for settings in choices:
+        trial = Trial(settings, Path(options.output_dir))
+        try:
+            check_benchmark(ContinualCLI("benchmark", _words(trial, options, words, per_method)))
+        except (UsageError, ValueError) as error:
+            raise UsageError(f"with {trial.name}: {error}") from None
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -109,6 +131,8 @@ def _choices(options: Namespace) -> list[dict[str, str]]:
         if key in grid:
             raise UsageError(f"--vary names {key} twice; put all its values into one")
         grid[key] = _listed(text, values) if values.startswith("[") else values.split(",")
+        if "" in grid[key] or len(set(grid[key])) < len(grid[key]):
+            raise UsageError(f"--vary {text}: a value is empty, or there twice")
     every = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
     if options.trials is None or options.trials >= len(every):
         return every
@@ -145,17 +169,24 @@ def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tu
 
 def _run(trial: Trial, options: Namespace, words: Sequence[str], per_method: Mapping[str, Any]) -> str | None:
     """Run a benchmark of one method in a process of its own; return what went wrong, if anything did."""
-    # As settings of the method, which go before all others.
-    own = {**per_method.get(options.method, {}), **{key: _value(text) for key, text in trial.settings.items()}}
-    command = [sys.executable, "-m", "lit_rebasin", "benchmark", *words]
-    command += ["--methods", options.method, "--seeds", options.seeds, "--output_dir", str(trial.folder), "--overwrite"]
-    command += ["--data.validation_fraction", str(options.validation_fraction)]
-    command.append(f"--per_method={json.dumps({**per_method, options.method: own})}")
+    command = [sys.executable, "-m", "lit_rebasin", "benchmark", *_words(trial, options, words, per_method)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     return lines[-1].removeprefix("lit-rebasin: error: ")
+
+
+def _words(trial: Trial, options: Namespace, words: Sequence[str], per_method: Mapping[str, Any]) -> list[str]:
+    """Return the words of the benchmark that a trial is."""
+    # As settings of the method, which go before all others.
+    own = {**per_method.get(options.method, {}), **{key: _value(text) for key, text in trial.settings.items()}}
+    return [
+        *words,
+        *("--methods", options.method, "--seeds", options.seeds, "--output_dir", str(trial.folder), "--overwrite"),
+        *("--data.validation_fraction", str(options.validation_fraction)),
+        f"--per_method={json.dumps({**per_method, options.method: own})}",
+    ]
 
 
 def _value(text: str) -> Any:

@@ -34,6 +34,7 @@ KEYS = """
  --output_dir DIR            where results, logs and checkpoints go (runs)
  --data_dir DIR              folder of the data sets (data), or the .npz of the benchmark arrays
  --threads N                 CPU threads; a small network is fastest with 1
+ --parallel_tasks N          tasks trained at a time, each in a process of its own, where --merge.start is fresh (1)
  --processes N               runs of benchmark at a time, each in a process of its own (1)
 
  --data.benchmark NAME       rotated-digits, rotated-mnist, permuted-mnist, split-mnist, rotated-fashion-mnist, split-cifar10,
@@ -42,7 +43,7 @@ KEYS = """
  --data.n_tasks N            number of tasks; the benchmark's own by default
  --data.epochs_per_task N    epochs spent on each task (5)
  --data.batch_size N         new examples in a batch (64)
- --data.replay_per_class K   examples kept of each class of each task (0)
+ --data.replay_per_class K   examples kept of each class of each task, all of one that has fewer (0)
  --data.replay_transform PATH  import path of a transform of what is replayed, such as lit_rebasin.RandomShift
  --data.validation_fraction F  validate on this share of the training data, held back, not on the test data (0)
  --data.download true        fetch a data set that is missing

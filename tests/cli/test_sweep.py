@@ -1,4 +1,5 @@
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -60,16 +61,19 @@ def test_a_draw_of_the_combinations_is_the_same_each_time(tmp_path, monkeypatch)
 
 def test_members_of_a_list_keep_their_kind(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("lit_rebasin.cli.sweep._run", lambda trial, *_: seen.append(trial.settings["merge.options"]))
-    assert sweep(tmp_path, "--vary", 'merge.options=[null, true, "a,b", {"steps": 3}]') == 0
-    assert seen == ["null", "true", "a,b", '{"steps": 3}']
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", lambda trial, *_: seen.append([*trial.settings.values()]))
+    vary = ["--vary", 'merge.options=[null, {"steps": 3, "noise": 0.5}]', "--vary", 'model.mixup=[true, "false"]']
+    assert sweep(tmp_path, "--merge.method=sinkhorn", "--model.distillation=1", *vary) == 0
+    assert sorted(seen) == sorted(
+        [text, flag] for text in ("null", '{"steps": 3, "noise": 0.5}') for flag in ("true", "false")
+    )
 
 
 def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
-    assert sweep(tmp_path, "--vary", "merge.alpha=0.5,7") == 1
+    assert sweep(tmp_path, "--vary", "model.backbone.input_size=60,64") == 1
     error = capsys.readouterr().err
-    assert "1 of 2 trials failed; the first, with merge.alpha=7" in error
-    assert "alpha is the weight of the previous model" in error
+    assert "1 of 2 trials failed; the first, with model.backbone.input_size=60" in error
+    assert "model.backbone does not take images of 1 x 8 x 8, as rotated-digits has" in error
     assert len(json.loads((tmp_path / "sweep.json").read_text())["trials"]) == 1
 
 
@@ -86,6 +90,13 @@ def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
         (["--vary", "a=1", "--processes", "0"], "--processes and --trials must be at least 1"),
         (["--vary", "a=1", "--method", "magic"], "there is no method 'magic'"),
         (["--vary", "a=1", "--data.n_taskz", "3"], "data.n_taskz"),
+        (["--vary", "merge.alpha=0.5,,0.7"], "a value is empty, or there twice"),
+        (["--vary", "merge.alpha=0.5,0.5"], "a value is empty, or there twice"),
+        (["--vary", "merge.alpha=0.5,7"], "with merge.alpha=7: per_method of 'rebasin': alpha is the weight"),
+        (["--vary", "merge.alhpa=0.5"], "with merge.alhpa=0.5: per_method of 'rebasin': "),
+        (["--vary", "data.n_tasks=2,3"], "with data.n_tasks=2: per_method of 'rebasin': data.n_tasks is the same"),
+        (["--vary", "ewc_lambda=1"], "there is no key 'ewc_lambda'"),
+        (["--vary", "merge.alpha=0.5", "--seeds", "0,0"], "seeds must be different whole numbers"),
     ],
 )
 def test_errors(words, message, tmp_path, capsys):
@@ -149,8 +160,39 @@ def test_an_argument_of_a_strategy_is_varied(tmp_path):
 
 
 def test_test_data_cannot_be_varied_in(tmp_path, capsys):
-    assert sweep(tmp_path, "--vary", "data.validation_fraction=0.0") == 1
+    assert sweep(tmp_path, "--vary", "data.validation_fraction=0.0") == 2
     assert "data.validation_fraction is the same for all methods" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_folder(tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert sweep(tmp_path / "out", "--vary", "merge.alpha=0.5") == 2
+    assert "choose another" in capsys.readouterr().err
+
+
+def test_an_interruption_begins_no_other_trial_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    run = []
+
+    def finished(trial, *_):
+        run.append(trial.name)
+        time.sleep(0.5)
+        trial.folder.mkdir(parents=True)
+        numbers = {"accuracy": [0.5], "forgetting": [0.1]}
+        results = {"protocol": {"missing": []}, "methods": {"rebasin": numbers}}
+        (trial.folder / "results.json").write_text(json.dumps(results))
+
+    def interrupted(futures, *_, **__):
+        yield next(iter(futures))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", finished)
+    monkeypatch.setattr("lit_rebasin.cli.sweep.track", interrupted)
+    assert sweep(tmp_path, "--vary", "merge.alpha=0.1,0.2,0.3,0.4,0.5") == 130
+    said = capsys.readouterr()
+    assert len(run) == 2
+    assert "interrupted. 2 of 5 trials are finished; the same command goes on with the others" in said.err
+    assert "50.0" in said.out
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["trials"]) == 2
 
 
 def test_classes_of_a_method_reach_its_trials(tmp_path, monkeypatch):
