@@ -92,9 +92,8 @@ def test_each_task_keeps_a_choice_of_its_own():
 
 
 def test_what_is_kept_and_what_is_held_back_depends_on_the_seed():
-    one, other = (digits(replay_per_class=3, validation_fraction=0.25, seed=seed) for seed in (0, 1))
-    kept = [data.kept_examples(1)[0] for data in (one, other)]
-    held = [next(iter(data.val_dataloader()[0]))[0] for data in (one, other)]
+    kept = [digits(replay_per_class=3, seed=seed).kept_examples(1)[0] for seed in (0, 1)]
+    held = [next(iter(digits(validation_fraction=0.25, seed=seed).val_dataloader()[0]))[0] for seed in (0, 1)]
     for pair in (kept, held):
         assert pair[0].shape == pair[1].shape
         assert not torch.equal(*pair)

@@ -132,6 +132,16 @@ def test_every_kind_of_setting(settings):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_merge_is_drawn_with_the_seed():
+    options = {"method": "sinkhorn", "options": {"steps": 3, "noise": 0.5}}
+    first, again, other = (
+        torch.cat([p.detach().flatten() for p in run([RebasinPlugin(seed=seed, **options)]).model.parameters()])
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_batch_norm_is_estimated_anew_on_the_loaders_batches():
     model = run([RebasinPlugin(alpha=0.5)], model=network(norm=True)).model
     hidden = model[0](X)
