@@ -63,7 +63,7 @@ def run_sweep(arguments: Sequence[str]) -> None:
             if future.result():
                 failed[running[future].name] = future.result()
     except KeyboardInterrupt as error:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # those that run were interrupted, too
         done = sum(trial.result(method) is not None for trial in trials)
         error.add_note(f"{done} of {len(trials)} trials are finished; the same command goes on with the others")
         raise

@@ -18,7 +18,7 @@ inspect    prints which neurons, channels and heads of a network may be permuted
 align      permutes the neurons of checkpoint A towards those of checkpoint B; prints the barrier between them before and after
 merge      aligns checkpoints and merges them into one; prints what each of them and the merge loses on data
 
-methods of fit: finetune, replay, average (replay and merging without alignment), rebasin (replay, alignment and merging);
+methods of fit: finetune, replay, no-merge (the training of rebasin alone), average (merging without alignment), rebasin;
 of benchmark also Avalanche's ewc, lwf, agem, der, er-ace, cumulative and joint (and its own finetune and replay), and mc-sgd, clewi, rebasin-il
 
 Any key of the YAML file can be overridden, as in --data.n_tasks 10 or --merge.alpha 0.7.
@@ -100,7 +100,7 @@ COMMAND_HELP = {
 
 Train one method over the stream, with TensorBoard logs and checkpoints. Defaults are in parentheses.
 
- --method NAME               finetune, replay, average or rebasin (rebasin)
+ --method NAME               finetune, replay, no-merge, average or rebasin (rebasin)
  --seed_everything N         seed of everything drawn (0)
  --ckpt_path FILE            checkpoint from which to go on, or last for the latest of the same run
 {KEYS}""",

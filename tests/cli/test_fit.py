@@ -110,7 +110,7 @@ def test_fits_that_are_cut_short_or_not_saved_end_well(tmp_path, capsys, words, 
         (["--trainer.overfit_batches", "1"], "limit_train_batches"),
         (["--trainer.max_steps", "9"], "pass max_epochs=2 for the whole stream"),
         (["--seed_everything", "4294967296"], "seed_everything: 4294967296 is not in bounds"),
-        (["--model.backbone.num_classes", "7"], "shape (360, 7), but the stream has n_classes=10"),
+        (["--model.backbone.num_classes", "7"], "shape (2, 7), but the stream has n_classes=10"),
     ],
 )
 def test_wrong_input_of_fit_is_one_sentence(tmp_path, capsys, words, says):

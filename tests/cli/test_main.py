@@ -164,7 +164,7 @@ def test_task_incremental_stream_gets_a_head_a_task(tmp_path, fake_mnist):
         (["--data.replay_per_class", "0"], "replays examples, but data.replay_per_class is 0"),
         (["--data.benchmark", "rotated-minst"], "benchmark must be one of rotated-digits"),
         (["--data.benchmark", "rotated-mnist", "--data_dir", "nowhere"], "MNIST was not found under nowhere"),
-        (["--trainer.max_epochs", "3", "--data.epochs_per_task", "2"], "max_epochs=3.* does not fit epochs_per_task=2"),
+        (["--trainer.max_epochs", "3", "--data.epochs_per_task", "2"], "max_epochs 3 ends inside a task of 2 epochs"),
         (["--data.n_taks", "3"], "n_taks"),
         (["--output_dir", "/proc/nowhere"], "output_dir /proc/nowhere cannot be written to"),
     ],
