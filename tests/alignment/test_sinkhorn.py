@@ -264,6 +264,33 @@ def test_residual_returned_is_that_of_the_best_candidate():
     torch.testing.assert_close(residual["0.bias"].detach(), torch.full((16,), 0.04))
 
 
+def test_without_a_learning_rate_the_residual_alone_is_trained():
+    """Another start would be nearer; the cost of the residual is a distance, so that it has something to learn."""
+    reference, model = trained(0), trained(1)
+    residual = {"0.bias": torch.zeros(16, requires_grad=True)}
+
+    def cost(permuted):
+        return ((permuted["0.bias"] + residual["0.bias"] - reference["0.bias"]) ** 2).sum()
+
+    found = {
+        rate: sinkhorn_alignment(
+            model,
+            SPEC,
+            cost,
+            steps=40,
+            learning_rate=rate,
+            residual=residual,
+            residual_learning_rate=1.0,
+            sharpness=8.0,
+        )
+        for rate in (0.0, 0.5)
+    }
+    assert all(torch.equal(p, torch.arange(len(p))) for p in found[0.0].permutations.values())
+    assert any(not torch.equal(p, torch.arange(len(p))) for p in found[0.5].permutations.values())
+    assert found[0.0].residual["0.bias"].abs().min() > 0
+    assert found[0.0].cost < found[0.0].history[0]
+
+
 def test_costs_that_are_not_finite_teach_nothing_and_are_never_the_best():
     reference, model = trained(0), trained(1)
     calls = iter(range(100))

@@ -29,7 +29,7 @@ from lit_rebasin import RebasinMerge
         ({"batches": 0}, "batches must be a whole number of at least 1"),
         ({"options": {"steps": 3}}, "method 'weights' has no option 'steps'; it has normalize, restarts"),
         ({"method": "sinkhorn", "options": {"steps": -1}}, "steps must be a whole number of at least 0"),
-        ({"method": "sinkhorn", "options": {"learning_rate": 0.0}}, "learning_rate must be above 0"),
+        ({"method": "sinkhorn", "options": {"learning_rate": -1.0}}, "learning_rate, residual_learning_rate and"),
         (
             {"method": "sinkhorn", "options": {"learning_rate": "fast"}},
             "'learning_rate' of method 'sinkhorn' must be a number, got 'fast'",
