@@ -4,7 +4,7 @@ Reads docs/results/NAME/results.json of every benchmark named, prints the table 
 of each benchmark beside it. Methods that were run apart are joined by a plus. Run:
 
     python benchmarks/continual_table.py \
-        rotated_mnist+rotated_mnist_baselines+rotated_mnist_mc_sgd+rotated_mnist_rebasin_il \
+        rotated_mnist+rotated_mnist_no_merge+rotated_mnist_baselines+rotated_mnist_mc_sgd+rotated_mnist_rebasin_il \
         rotated_mnist_fresh+rotated_mnist_fresh_average \
         rotated_mnist_online+rotated_mnist_online_average+rotated_mnist_online_mc_sgd \
         permuted_mnist_online+permuted_mnist_online_average+permuted_mnist_online_mc_sgd \
