@@ -8,6 +8,7 @@ accuracies agree, prints a table and writes docs/results/parallel_tasks.md. Run 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,11 +26,11 @@ def run(options, at_once, folder):
     """Return the accuracy matrix of one run, and its seconds by the clock from first task to last merge."""
     subprocess.run(
         [
-            *(sys.executable, "-c", "from lit_rebasin.cli import main; main()", "benchmark"),
+            *(sys.executable, "-m", "lit_rebasin", "benchmark"),
             *("--config", ROOT / "configs" / "rotated_mnist.yaml", "--methods", METHOD, "--seeds", "0"),
             *("--data_dir", options.data_dir, "--output_dir", folder, "--threads", "1"),
             *("--data.n_tasks", str(options.n_tasks), "--data.epochs_per_task", str(options.epochs)),
-            *("--per_method.rebasin", json.dumps({"merge.alpha": 0.5, "model.optimizer.lr": 0.003})),
+            *("--per_method.rebasin", json.dumps({"model.optimizer.lr": 0.003})),
             *("--merge.start", "fresh", "--parallel_tasks", str(at_once)),
         ],
         check=True,
@@ -64,7 +65,7 @@ def main():
         "# Tasks trained at the same time\n\n"
         f"{options.n_tasks} tasks of Rotated MNIST as in `configs/rotated_mnist.yaml`, each from fresh weights, without "
         "distillation, trained in turn or in processes of their own and merged in order meanwhile; the start of the processes, "
-        f"merges and evaluation included. One thread a process on two cores, medians of {options.turns} turns, seconds by the "
+        f"merges and evaluation included. One thread a process on {os.cpu_count()} cores, medians of {options.turns} turns, seconds by the "
         "clock.\n\n"
         f"Made by `python benchmarks/parallel_tasks.py --data_dir DIR --processes {options.processes} --n_tasks {options.n_tasks}`.\n\n"
         + "\n".join(lines)

@@ -1,8 +1,11 @@
 """Alpha by the Fisher information, against the closed form and a loop over examples."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +18,9 @@ from lit_rebasin import (
     permutation_spec,
     permute,
 )
+from lit_rebasin.callbacks.step_fisher import step_fisher
+from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.merging.path import weights_of
 
 from .plain import Held, Plain, X, Y, batches, merged, tensors
 from .user_code import make_trainer
@@ -116,3 +122,21 @@ def test_state_of_a_version_without_fisher_information(tmp_path):
     merged(tmp_path, merge, tasks=1)
     state = {name: value for name, value in merge.state_dict().items() if not name.startswith("known")}
     RebasinMerge().load_state_dict(state)
+
+
+def test_fisher_information_is_measured_all_over_a_batch():
+    """Replayed examples may all stand behind the new ones; here those in front teach nothing."""
+
+    class Slope(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch):
+            return (self.slope * batch[0]).mean()
+
+    step = StepLoss(Slope(), Precision())
+    x = torch.cat([torch.zeros(400), torch.ones(400)])
+    with step.quiet():
+        found = step_fisher(step, weights_of(step.module), [[x]])
+    assert float(found["slope"]) == pytest.approx(0.5, abs=0.01)
