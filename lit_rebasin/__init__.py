@@ -32,6 +32,7 @@ _HOMES = {
     "RebasinMerge": "callbacks",
     "RebasinPlugin": "plugins",
     "Schedule": "transport",
+    "Sharpness": "metrics",
     "SinkhornRebasin": "alignment",
     "SinkhornResult": "transport",
     "activation_matching": "alignment",
@@ -44,6 +45,8 @@ _HOMES = {
     "doubly_regularized_barycenter": "transport",
     "fisher_alpha": "merging",
     "frank_wolfe_matching": "alignment",
+    "hessian_eigenvalues": "metrics",
+    "hessian_trace": "metrics",
     "input_moments": "merging",
     "layer_fisher_alphas": "merging",
     "line_search": "merging",
@@ -88,6 +91,7 @@ __all__ = [
     "RebasinMerge",
     "RebasinPlugin",
     "Schedule",
+    "Sharpness",
     "SinkhornRebasin",
     "SinkhornResult",
     "__version__",
@@ -101,6 +105,8 @@ __all__ = [
     "doubly_regularized_barycenter",
     "fisher_alpha",
     "frank_wolfe_matching",
+    "hessian_eigenvalues",
+    "hessian_trace",
     "input_moments",
     "layer_fisher_alphas",
     "line_search",
@@ -177,6 +183,9 @@ if TYPE_CHECKING:
         Forgetting,
         ForwardTransfer,
         LearningAccuracy,
+        Sharpness,
+        hessian_eigenvalues,
+        hessian_trace,
     )
     from lit_rebasin.plugins import RebasinPlugin
     from lit_rebasin.symmetry import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute

@@ -15,7 +15,9 @@ from lit_rebasin.metrics.continual_metrics import (
     ForwardTransfer,
     LearningAccuracy,
 )
+from lit_rebasin.metrics.curvature import HessianTrace, Sharpness, hessian_eigenvalues, hessian_trace
 from lit_rebasin.metrics.figures import accuracy_matrices_figure, accuracy_matrix_figure, accuracy_over_tasks_figure
+from lit_rebasin.metrics.lanczos import HessianEigenvalues
 from lit_rebasin.metrics.path_figure import path_figure
 
 __all__ = [
@@ -23,7 +25,10 @@ __all__ = [
     "ContinualAccuracy",
     "Forgetting",
     "ForwardTransfer",
+    "HessianEigenvalues",
+    "HessianTrace",
     "LearningAccuracy",
+    "Sharpness",
     "accuracy_matrices_figure",
     "accuracy_matrix_figure",
     "accuracy_over_tasks_figure",
@@ -32,6 +37,8 @@ __all__ = [
     "backward_transfer",
     "forgetting",
     "forward_transfer",
+    "hessian_eigenvalues",
+    "hessian_trace",
     "learning_accuracy",
     "path_figure",
 ]
