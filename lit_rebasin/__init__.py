@@ -18,6 +18,7 @@ _HOMES = {
     "ContinualClassifier": "continual",
     "ContinualDataModule": "continual",
     "ContinualMonitor": "callbacks",
+    "FeatureSpeed": "metrics",
     "Forgetting": "metrics",
     "ForwardTransfer": "metrics",
     "Group": "symmetry",
@@ -65,6 +66,7 @@ _HOMES = {
     "sinkhorn_alignment": "alignment",
     "slim_resnet18": "continual",
     "straight_through_alignment": "alignment",
+    "suggest_scales": "metrics",
     "weight_matching": "alignment",
 }
 
@@ -77,6 +79,7 @@ __all__ = [
     "ContinualClassifier",
     "ContinualDataModule",
     "ContinualMonitor",
+    "FeatureSpeed",
     "Forgetting",
     "ForwardTransfer",
     "Group",
@@ -125,6 +128,7 @@ __all__ = [
     "sinkhorn_alignment",
     "slim_resnet18",
     "straight_through_alignment",
+    "suggest_scales",
     "weight_matching",
 ]
 
@@ -180,12 +184,14 @@ if TYPE_CHECKING:
     from lit_rebasin.metrics import (
         BackwardTransfer,
         ContinualAccuracy,
+        FeatureSpeed,
         Forgetting,
         ForwardTransfer,
         LearningAccuracy,
         Sharpness,
         hessian_eigenvalues,
         hessian_trace,
+        suggest_scales,
     )
     from lit_rebasin.plugins import RebasinPlugin
     from lit_rebasin.symmetry import Axis, Group, PermutationSpec, check_invariance, permutation_spec, permute

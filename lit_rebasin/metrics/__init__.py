@@ -16,17 +16,21 @@ from lit_rebasin.metrics.continual_metrics import (
     LearningAccuracy,
 )
 from lit_rebasin.metrics.curvature import HessianTrace, Sharpness, hessian_eigenvalues, hessian_trace
+from lit_rebasin.metrics.feature_learning import FeatureSpeed
 from lit_rebasin.metrics.figures import accuracy_matrices_figure, accuracy_matrix_figure, accuracy_over_tasks_figure
 from lit_rebasin.metrics.lanczos import HessianEigenvalues
 from lit_rebasin.metrics.path_figure import path_figure
+from lit_rebasin.metrics.scales import LayerScale, suggest_scales
 
 __all__ = [
     "BackwardTransfer",
     "ContinualAccuracy",
+    "FeatureSpeed",
     "Forgetting",
     "ForwardTransfer",
     "HessianEigenvalues",
     "HessianTrace",
+    "LayerScale",
     "LearningAccuracy",
     "Sharpness",
     "accuracy_matrices_figure",
@@ -41,4 +45,5 @@ __all__ = [
     "hessian_trace",
     "learning_accuracy",
     "path_figure",
+    "suggest_scales",
 ]
