@@ -16,10 +16,27 @@ from lit_rebasin.metrics.continual_metrics import (
     LearningAccuracy,
 )
 from lit_rebasin.metrics.curvature import HessianTrace, Sharpness, hessian_eigenvalues, hessian_trace
+from lit_rebasin.metrics.feature_figure import feature_speed_figure
 from lit_rebasin.metrics.feature_learning import FeatureSpeed
 from lit_rebasin.metrics.figures import accuracy_matrices_figure, accuracy_matrix_figure, accuracy_over_tasks_figure
-from lit_rebasin.metrics.lanczos import HessianEigenvalues
+from lit_rebasin.metrics.geodesic import (
+    LineShapeScore,
+    OptimalTransportScore,
+    line_shape_scores,
+    optimal_transport_score,
+)
+from lit_rebasin.metrics.neurons import (
+    NeuronDistance,
+    effective_dimension,
+    layer_neurons,
+    neuron_distances,
+    width_bound,
+)
 from lit_rebasin.metrics.path_figure import path_figure
+from lit_rebasin.metrics.plane_figure import plane_figure
+from lit_rebasin.metrics.track_figure import tracks_figure
+from lit_rebasin.metrics.tracks import recorded, same_space, tracks_of
+from lit_rebasin.metrics.lanczos import HessianEigenvalues
 from lit_rebasin.metrics.scales import LayerScale, suggest_scales
 
 __all__ = [
@@ -32,6 +49,9 @@ __all__ = [
     "HessianTrace",
     "LayerScale",
     "LearningAccuracy",
+    "LineShapeScore",
+    "NeuronDistance",
+    "OptimalTransportScore",
     "Sharpness",
     "accuracy_matrices_figure",
     "accuracy_matrix_figure",
@@ -39,11 +59,23 @@ __all__ = [
     "after_task",
     "average_accuracy",
     "backward_transfer",
+    "effective_dimension",
+    "feature_speed_figure",
     "forgetting",
     "forward_transfer",
     "hessian_eigenvalues",
     "hessian_trace",
+    "layer_neurons",
     "learning_accuracy",
+    "line_shape_scores",
+    "neuron_distances",
+    "optimal_transport_score",
     "path_figure",
+    "plane_figure",
+    "recorded",
+    "same_space",
     "suggest_scales",
+    "tracks_figure",
+    "tracks_of",
+    "width_bound",
 ]

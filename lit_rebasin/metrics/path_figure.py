@@ -4,33 +4,34 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float, task: int) -> Figure:
+def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float | None, task: int) -> Figure:
     """Draw the loss between the previous and the new model, before and after alignment.
 
     Args:
         alphas: ``(points,)``, the weight of the previous model.
         before: ``(points,)``, the loss without alignment.
         after: ``(points,)``, the loss with it.
-        alpha: Where the two were merged.
+        alpha: Where the two were merged, if anywhere.
         task: Index of the task just learned.
     """
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(alphas.numpy(), before.numpy(), color="#D55E00", marker="o", markersize=3, label="as trained")
     axes.plot(alphas.numpy(), after.numpy(), color="#0072B2", marker="s", markersize=3, linestyle="--", label="aligned")
-    axes.axvline(alpha, color="0.5", linewidth=1)
-    axes.annotate(
-        f"merged at {alpha:.2f}",
-        (alpha, 0),
-        (3, 4),
-        ("data", "axes fraction"),
-        "offset points",
-        fontsize=8,
-        color="0.4",
-    )
+    if alpha is not None:
+        axes.axvline(alpha, color="0.5", linewidth=1)
+        axes.annotate(
+            f"merged at {alpha:.2f}",
+            (alpha, 0),
+            (3, 4),
+            ("data", "axes fraction"),
+            "offset points",
+            fontsize=8,
+            color="0.4",
+        )
     axes.set(
         xlabel="alpha, weight of the previous model",
-        ylabel="loss on training batches",
+        ylabel="loss",
         title=f"Linear path after task {task}",
     )
     axes.legend(frameon=False)

@@ -1,0 +1,162 @@
+"""The callback that watches how a network is connected with another one: the loss between them, and where their neurons are."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from lit_rebasin.alignment import check_same_architecture, weight_matching
+from lit_rebasin.callbacks.monitor import Monitor
+from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.callbacks.step_spec import step_spec
+from lit_rebasin.merging import LinearPath, PathLosses, loss_plane
+from lit_rebasin.merging.path import weights_of
+from lit_rebasin.metrics import (
+    effective_dimension,
+    layer_neurons,
+    neuron_distances,
+    path_figure,
+    plane_figure,
+    width_bound,
+)
+from lit_rebasin.symmetry import permute
+
+# What the width bound allows the outputs on a path to be off by.
+_ERROR = 0.05
+_PLANE = 11  # points of the plane along either axis
+
+
+class ConnectivityMonitor(Monitor):
+    """Log the loss between a network and another, as trained and aligned, and how far their neurons are apart (Ferbach et al., AISTATS 2024).
+
+    The other network is the one that the task began with, or one that is given, such as a twin of another run. Put this callback before
+    ``RebasinMerge`` to see the network as it was trained and not the merge. The network is aligned by weight matching. Tags begin with
+    ``connectivity/``; see ``docs/connectivity.md``. The first task is compared with nothing but a network that is given.
+
+    Args:
+        reference: The other network: a module of the same architecture, or its parameters and buffers by name, as the LightningModule has them.
+            Default: the network that the task began with.
+        every_n_epochs: How many epochs lie between two measurements; ``None`` for the ends of tasks alone.
+        examples: How many examples are kept aside.
+
+    Attributes:
+        history: One entry a measurement: the epoch, the task and the numbers.
+
+    Raises:
+        ValueError: When the fit begins, if the reference is of another architecture.
+
+    Example::
+
+        trainer = Trainer(max_epochs=25, callbacks=[ConnectivityMonitor(), RebasinMerge(alpha=0.5)])
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module | Mapping[str, Tensor] | None = None,
+        every_n_epochs: int | None = None,
+        examples: int = 256,
+    ) -> None:
+        super().__init__(every_n_epochs, examples)
+        given = weights_of(reference) if isinstance(reference, nn.Module) else reference
+        self.reference = (
+            None if given is None else {name: tensor.detach().cpu().clone() for name, tensor in given.items()}
+        )
+        self._begun: dict[str, Tensor] | None = None  # the network that the task began with
+        self._drawn: dict[str, Callable[[], Figure]] = {}
+        self._at_start = -1
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Refuse a reference of another architecture before anything is trained."""
+        super().on_fit_start(trainer, pl_module)
+        if self.reference is not None:
+            check_same_architecture(weights_of(pl_module), self.reference)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the network that a task begins with."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._at_start != self.task:
+            self._at_start = self.task
+            self._begun = (
+                {name: tensor.cpu().clone() for name, tensor in weights_of(pl_module).items()} if self.task else None
+            )
+
+    @override
+    def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
+        weights = weights_of(step.module)
+        numbers = _dimensions(step.module, weights)
+        reference = self.reference if self.reference is not None else self._begun
+        self._drawn = {}
+        if reference is None:
+            return numbers
+        reference = {name: reference[name].to(tensor.device) for name, tensor in weights.items()}
+        parameters = [name for name, _ in step.module.named_parameters()]
+        spec = step_spec(step, batch)
+        ours, theirs = ({name: one[name] for name in parameters} for one in (weights, reference))
+        alignment = weight_matching(ours, theirs, spec)
+        aligned = permute(weights, spec, alignment.permutations)
+        before, accuracies = _along(step, LinearPath(reference, weights), batch)
+        after, aligned_accuracies = (before, accuracies)
+        if alignment.moved:
+            after, aligned_accuracies = _along(step, LinearPath(reference, aligned), batch)
+        numbers |= {
+            "connectivity/moved": float(alignment.moved),
+            "connectivity/barrier": before.barrier,
+            "connectivity/barrier_aligned": after.barrier,
+            "connectivity/area": before.area,
+            "connectivity/area_aligned": after.area,
+            **{f"connectivity/{name}_middle": float(values[len(values) // 2]) for name, values in accuracies.items()},
+            **{f"connectivity/{name}_middle_aligned": float(v[len(v) // 2]) for name, v in aligned_accuracies.items()},
+        }
+        for name, distance in neuron_distances(step.module, aligned, reference).items():
+            numbers[f"connectivity/wasserstein/{name}"] = distance.wasserstein
+            numbers[f"connectivity/energy/{name}"] = distance.energy
+            numbers[f"connectivity/paired/{name}"] = distance.paired
+        self._drawn["connectivity/path"] = partial(
+            path_figure, before.alphas, before.losses, after.losses, None, self.task
+        )
+        if alignment.moved and trainer.loggers:
+            plane = loss_plane(reference, weights, aligned, lambda one: step.mean(one, [batch])[0], points=_PLANE)
+            self._drawn["connectivity/plane"] = partial(plane_figure, plane, ("previous", "new", "aligned"))
+        return numbers
+
+    @override
+    def _figures(self) -> Mapping[str, Callable[[], Figure]]:
+        return self._drawn
+
+
+def _along(step: StepLoss, path: LinearPath, batch: Any) -> tuple[PathLosses, dict[str, Tensor]]:
+    """Return the losses along a path, and whatever accuracies ``training_step`` logs."""
+    logged: list[dict[str, float]] = []
+
+    def loss(weights: Mapping[str, Tensor]) -> Tensor:
+        value, numbers = step.mean(weights, [batch])
+        logged.append(numbers)
+        return value
+
+    losses = path.losses(loss)
+    names = [name for name in logged[0] if "acc" in name]
+    return losses, {name: torch.tensor([numbers[name] for numbers in logged]) for name in names}
+
+
+def _dimensions(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the effective dimension of every layer's neurons, and the width that the theory bounds where it speaks of such networks."""
+    neurons = {name: points for name, points in layer_neurons(module, weights).items() if len(points) > 1}
+    found = {
+        f"connectivity/effective_dimension/{name}": effective_dimension(points) for name, points in neurons.items()
+    }
+    parts = list(module.modules())
+    is_plain = not any(isinstance(part, (nn.modules.conv._ConvNd, _BatchNorm, nn.LayerNorm)) for part in parts)
+    if is_plain:
+        bounds = {name: width_bound(effective_dimension(points), _ERROR) for name, points in neurons.items()}
+        found |= {f"connectivity/log10_width_bound/{name}": bound for name, bound in bounds.items()}
+    return found

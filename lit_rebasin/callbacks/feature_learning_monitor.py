@@ -1,0 +1,132 @@
+"""The callback that watches whether features are learned in every layer."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lit_rebasin.callbacks.monitor import Monitor
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
+from lit_rebasin.merging.path import weights_of
+from lit_rebasin.metrics import FeatureSpeed, feature_speed_figure, recorded
+from lit_rebasin.metrics.tracks import WEIGHTED
+
+# A layer whose features change by less than this share of what those of the median layer do stands still.
+_STILL = 1e-3
+_NUMBERS = ("speed", "cosine", "forward", "backward")
+
+
+class FeatureLearningMonitor(Monitor):
+    """Log how far one step of training moves the features of every layer (Chizat and Netrapalli, NeurIPS 2024).
+
+    For each linear layer and convolution, at the first step of an epoch: ``speed``, the relative change of its outputs; ``cosine``, of the
+    angle between the change and minus the gradient of the loss with respect to them; ``forward`` and ``backward``, the root mean square of the
+    outputs and of that gradient. Tags are ``feature_learning/speed/`` and so on, followed by the layer, and the picture
+    ``feature_learning/speed``; see ``docs/feature_learning.md``. A layer that stands still is named in a warning, once.
+
+    Args:
+        every_n_epochs: How many epochs lie between two measurements.
+        examples: How many examples are kept aside.
+
+    Attributes:
+        history: One entry a measurement: the epoch, the task and the numbers.
+
+    Example::
+
+        trainer = Trainer(max_epochs=10, callbacks=[FeatureLearningMonitor()])
+    """
+
+    def __init__(self, every_n_epochs: int = 1, examples: int = 128) -> None:
+        super().__init__(every_n_epochs, examples)
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # features and gradients by layer
+        self._done = (-1, -1)  # the task and epoch that were measured last
+        self._warned: set[str] = set()
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Begin to count epochs anew."""
+        super().on_fit_start(trainer, pl_module)
+        self._before, self._done = {}, (-1, -1)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        """Read features and gradients before the first step of an epoch."""
+        now = (self.task, trainer.current_epoch)
+        if now == self._done or trainer.current_epoch % (self.every_n_epochs or 1):
+            return
+        self._done = now
+        step = StepLoss(pl_module, trainer.precision_plugin)
+        try:
+            with step.quiet():
+                self._before = _features_and_gradients(step, self._held)
+        except NoLossError:  # the training skips such a batch, too
+            self._before = {}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the features after the step, and draw what was measured when a task ends."""
+        if self._before:
+            step = StepLoss(pl_module, trainer.precision_plugin)
+            with step.quiet(), torch.no_grad(), recorded(step.module) as calls:
+                step.loss(self._held)
+            numbers = self._numbers({call.name: call.output for call in calls})
+            self._before = {}
+            self._log(trainer, numbers)
+        self._draw(trainer)
+
+    @override
+    def _figures(self) -> Mapping[str, Callable[[], Figure]]:
+        curves: dict[str, list[float]] = {}
+        prefix = "feature_learning/speed/"
+        for entry in self.history:
+            for tag, value in entry.items():
+                if tag.startswith(prefix):
+                    curves.setdefault(tag.removeprefix(prefix), []).append(value)
+        return {"feature_learning/speed": partial(feature_speed_figure, curves)} if curves else {}
+
+    def _numbers(self, after: Mapping[str, Tensor]) -> dict[str, float]:
+        found: dict[str, dict[str, float]] = {}
+        for name, (features, gradient) in self._before.items():
+            if name in after and after[name].shape == features.shape:
+                speed = FeatureSpeed()
+                speed.update(features, after[name], gradient)
+                found[name] = {one: float(value) for one, value in speed.compute().items()}
+        self._warn_of_still_layers(found)
+        return {f"feature_learning/{one}/{name}": layer[one] for one in _NUMBERS for name, layer in found.items()}
+
+    def _warn_of_still_layers(self, found: Mapping[str, Mapping[str, float]]) -> None:
+        usual = median(layer["speed"] for layer in found.values()) if found else 0.0
+        for name, layer in found.items():
+            if layer["speed"] < _STILL * usual and name not in self._warned:
+                self._warned.add(name)
+                cause = (
+                    "no gradient comes back to it"
+                    if layer["backward"] == 0
+                    else f"the gradient that comes back to it is {layer['backward']:.1e}"
+                )
+                rank_zero_warn(
+                    f"Layer {name} stands still: one step changes its features by {layer['speed']:.1e} of their size, those of the median "
+                    f"layer by {usual:.1e}; {cause}. lit_rebasin.suggest_scales(model, batch) proposes initial scales and learning rates."
+                )
+
+
+def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    gradients: dict[str, Tensor] = {}
+    parameters = {name: parameter for name, parameter in step.module.named_parameters() if parameter.requires_grad}
+    with recorded(step.module, gradients) as calls, torch.enable_grad():
+        loss = step.at({**weights_of(step.module), **parameters}, batch)
+        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    layers = [call for call in calls if isinstance(call.module, WEIGHTED)]
+    return {call.name: (call.output, gradients.get(call.name, torch.zeros_like(call.output))) for call in layers}

@@ -1,0 +1,60 @@
+"""The callback that watches whether a network moves its data along straight lines, to where optimal transport would."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+from lit_rebasin.callbacks.monitor import Monitor
+from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.metrics import LineShapeScore, OptimalTransportScore, recorded, same_space, tracks_figure, tracks_of
+
+
+class GeodesicMonitor(Monitor):
+    """Log how straight the way of the data through the layers is, and how near it comes to optimal transport (Gai and Zhang, 2102.09235).
+
+    Tags are ``geodesic/line_shape_score``, ``geodesic/optimal_transport_score`` and ``geodesic/matched``, each followed by the first layer of
+    the track, and the picture ``geodesic/tracks``; see ``docs/geodesic.md``.
+
+    Args:
+        layers: Names of the modules that the track goes through. By default the blocks of each stage of a residual network, or layers of equal
+            width; see :func:`~lit_rebasin.metrics.tracks_of`.
+        every_n_epochs: How many epochs lie between two measurements; a task ends with one in any case.
+        examples: How many examples are kept aside; the optimal plan takes the cube of it.
+
+    Attributes:
+        history: One entry a measurement: the epoch, the task and the numbers.
+
+    Example::
+
+        trainer = Trainer(max_epochs=10, callbacks=[GeodesicMonitor()])
+    """
+
+    def __init__(self, layers: Sequence[str] | None = None, every_n_epochs: int = 1, examples: int = 128) -> None:
+        super().__init__(every_n_epochs, examples)
+        self.layers = layers
+        self._tracks: dict[str, list[Tensor]] = {}
+
+    @override
+    def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
+        with torch.no_grad(), recorded(step.module) as calls:
+            step.loss(batch)
+        self._tracks = {name: same_space(track) for name, track in tracks_of(calls, self.layers).items()}
+        numbers: dict[str, float] = {}
+        for name, track in self._tracks.items():
+            straight, optimal = LineShapeScore(), OptimalTransportScore()
+            straight.update(track)
+            optimal.update(track)
+            numbers[f"geodesic/line_shape_score/{name}"] = float(straight.compute())
+            numbers[f"geodesic/optimal_transport_score/{name}"] = float(optimal.compute())
+            numbers[f"geodesic/matched/{name}"] = float(optimal.matched)
+        return numbers
+
+    @override
+    def _figures(self) -> Mapping[str, Callable[[], Figure]]:
+        return {"geodesic/tracks": partial(tracks_figure, self._tracks)}

@@ -1,0 +1,166 @@
+"""What all monitors have in common: examples that they keep aside, when they measure, and where the numbers go."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from lit_rebasin.callbacks.log_figure import log_figure
+from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
+from lit_rebasin.continual.task_end import epochs_per_task, task_ends
+
+
+class Monitor(Callback):
+    """Measures something on examples kept aside, and leaves the training as it is.
+
+    The examples are the first of the validation of the task in hand, if ``training_step`` takes them too, else of the first training batch of
+    the task. The network runs with dropout off and BatchNorm on the statistics of the batch; of the LightningModule only ``training_step`` is
+    asked.
+
+    Args:
+        every_n_epochs: How many epochs lie between two measurements; a task ends with one in any case, and with ``None`` there are no others.
+        examples: How many examples are kept aside.
+
+    Attributes:
+        history: One entry a measurement: the epoch, counted from 0 in each fit, the task, and the numbers as they are logged.
+    """
+
+    def __init__(self, every_n_epochs: int | None, examples: int) -> None:
+        super().__init__()
+        for name, number in (("every_n_epochs", every_n_epochs), ("examples", examples)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+        self.every_n_epochs, self.examples = every_n_epochs, examples
+        self.history: list[dict[str, Any]] = []
+        self.task = 0
+        self._held: Any = None
+        self._from_validation = False
+        self._refused = False  # whether training_step cannot take what the validation has
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Forget the examples of an earlier fit, which may be of another task."""
+        self._held, self._from_validation = None, False
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first examples of the task in hand; nothing is drawn for it."""
+        loaders = len(trainer.num_val_batches) or len(trainer.num_sanity_val_batches)
+        wanted = min(self._task_of(trainer), max(loaders, 1) - 1)
+        if batch_idx == 0 and dataloader_idx == wanted and not self._refused:
+            self._held, self._from_validation = _first(batch, self.examples), True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Note which task is trained, and keep its first examples where no validation gives some."""
+        task = self._task_of(trainer)
+        if task != self.task and not self._from_validation:
+            self._held = None
+        self.task = task
+        step = StepLoss(pl_module, trainer.precision_plugin)
+        if self._held is None or (self._from_validation and not self._takes(step)):
+            self._held, self._from_validation = _first(batch, self.examples), False
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure at the end of an epoch that it is due in, and of every task."""
+        if not self._is_due(trainer):
+            return
+        step = StepLoss(pl_module, trainer.precision_plugin)
+        try:
+            with step.quiet():
+                numbers = self._measure(trainer, step, self._held)
+        except NoLossError:  # the training skips such a batch, too
+            return
+        self._log(trainer, numbers)
+        self._draw(trainer)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Count the task, where a fit is one."""
+        if not epochs_per_task(trainer):
+            self.task += 1
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured so far."""
+        return {"history": self.history, "task": self.task}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        self.history, self.task = list(state_dict["history"]), state_dict["task"]
+
+    def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
+        """Return the numbers by tag; called inside :meth:`StepLoss.quiet`."""
+        raise NotImplementedError
+
+    def _figures(self) -> Mapping[str, Callable[[], Figure]]:
+        """Return by tag what draws a picture; called at the end of a task."""
+        return {}
+
+    def _is_due(self, trainer: "pl.Trainer") -> bool:
+        every = self.every_n_epochs
+        return task_ends(trainer) or bool(every and trainer.is_last_batch and (trainer.current_epoch + 1) % every == 0)
+
+    def _log(self, trainer: "pl.Trainer", numbers: dict[str, float]) -> None:
+        """Keep the numbers, and give them to all loggers."""
+        self.history.append({"task": self.task, "epoch": trainer.current_epoch, **numbers})
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=_step(trainer))
+
+    def _draw(self, trainer: "pl.Trainer") -> None:
+        """Give pictures to the loggers that take some, if a task ends."""
+        if task_ends(trainer):
+            for tag, draw in self._figures().items():
+                log_figure(trainer.loggers, tag, draw, _step(trainer))
+
+    def _task_of(self, trainer: "pl.Trainer") -> int:
+        every = epochs_per_task(trainer)
+        return trainer.current_epoch // every if every else self.task
+
+    def _takes(self, step: StepLoss) -> bool:
+        """Return whether ``training_step`` can work with examples of the validation, which may be of another form."""
+        try:
+            with step.quiet():
+                step.loss(self._held)
+        except NoLossError:
+            return True
+        except Exception as error:
+            rank_zero_warn(
+                f"{type(self).__name__} measures on training examples, for training_step cannot work with those of the validation: {error}"
+            )
+            self._refused = True
+            return False
+        return True
+
+
+def _step(trainer: "pl.Trainer") -> int:
+    """Return the optimizer step, as the curves of the module count it."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _first(batch: Any, count: int) -> Any:
+    """Return copies of the first examples of a batch, whatever its structure."""
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    size = len(tensors[0]) if tensors else 0
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: (tensor[:count] if tensor.ndim and len(tensor) == size else tensor).clone(), batch
+    )

@@ -1,0 +1,96 @@
+"""The plane through three networks, and the loss on it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_rebasin.alignment import check_same_architecture
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PlaneLosses:
+    """The loss on a grid in the plane through three networks.
+
+    Attributes:
+        x: ``(columns,)``, along the line from the first network to the second, in the distance of the weights.
+        y: ``(rows,)``, across it, towards the third network.
+        losses: ``(rows, columns)``.
+        corners: ``(3, 2)``, where the three networks are.
+    """
+
+    x: Tensor
+    y: Tensor
+    losses: Tensor
+    corners: Tensor
+
+
+def loss_plane(
+    first: Weights,
+    second: Weights,
+    third: Weights,
+    loss: Callable[[Weights], Tensor | float],
+    *,
+    points: int = 15,
+    margin: float = 0.25,
+) -> PlaneLosses:
+    """Measure the loss on a grid in the plane through three networks (as Garipov et al., NeurIPS 2018, draw it).
+
+    Args:
+        first: Parameters and buffers by name; of this network is what has no floating point.
+        second: Those of another network of the architecture.
+        third: Those of a third one, not on the line of the other two.
+        loss: The loss of weights. Beyond the three networks a running variance may come out below 0: leave those of BatchNorm to the batch.
+        points: How many points the grid has along either axis.
+        margin: How far it goes beyond the three, as a share of their extent.
+
+    Raises:
+        ValueError: If the three differ in names or shapes, lie on a line, or there are fewer than 2 points.
+    """
+    if points < 2:
+        raise ValueError(f"points must be at least 2, got {points}.")
+    for other in (second, third):
+        check_same_architecture(other, first)
+    origin = {name: tensor.detach() for name, tensor in first.items()}
+    along, across = (_difference(other, origin) for other in (second, third))
+    length = _dot(along, along) ** 0.5
+    on_line = _dot(across, along) / length if length > 0 else 0.0
+    height = max(0.0, _dot(across, across) - on_line**2) ** 0.5
+    if not height > 1e-6 * length > 0:
+        raise ValueError(
+            "The three networks lie on a line, or two of them are the same, so there is no plane through them."
+        )
+    corners = torch.tensor([[0.0, 0.0], [length, 0.0], [on_line, height]], dtype=torch.float64)
+    x, y = (_grid(corners[:, axis], points, margin) for axis in (0, 1))
+
+    def at(left: float, up: float) -> dict[str, Tensor]:
+        # In the basis of the two differences: the second is what remains of it off the line.
+        share = up / height
+        step = left / length - share * on_line / length
+        moved = {name: origin[name] + step * along[name] + share * across[name] for name in along}
+        return {**origin, **moved}
+
+    with torch.no_grad():
+        values = [[float(loss(at(left, up))) for left in x.tolist()] for up in y.tolist()]
+    return PlaneLosses(x, y, torch.tensor(values, dtype=torch.float64), corners)
+
+
+def _difference(other: Weights, origin: Weights) -> dict[str, Tensor]:
+    return {
+        name: other[name].detach() - tensor
+        for name, tensor in origin.items()
+        if tensor.is_floating_point() and tensor.isfinite().all()
+    }
+
+
+def _dot(one: Weights, other: Weights) -> float:
+    return sum(float((tensor.double() * other[name].double()).sum()) for name, tensor in one.items())
+
+
+def _grid(values: Tensor, points: int, margin: float) -> Tensor:
+    low, high = float(values.min()), float(values.max())
+    beyond = margin * (high - low)
+    return torch.linspace(low - beyond, high + beyond, points, dtype=torch.float64)

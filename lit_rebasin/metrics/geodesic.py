@@ -1,0 +1,171 @@
+"""Whether a network moves its data along straight lines, and to where optimal transport would move them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lit_rebasin.metrics.tracks import same_space
+from lit_rebasin.transport import wasserstein_distance
+
+# Steps shorter than this have no direction (as in the public code of the score).
+_SHORTEST = 1e-8
+
+
+def line_shape_scores(track: Sequence[Tensor]) -> Tensor:
+    """Return how straight the way of each sample through the layers is: 1 for a straight line, above 1 for a bent one.
+
+    With steps of unit length, ``z_0 = x_0`` and ``z_l = z_{l-1} + (x_l - x_{l-1}) / |x_l - x_{l-1}|``, the score is ``L / |z_L - z_0|`` (Gai
+    and Zhang, arXiv 2102.09235). It does not say whether the steps are of one length. A step that is zero is one of no direction, and makes the
+    score larger.
+
+    Args:
+        track: ``(B, width)`` for each of the L + 1 layers, at least three; of several widths they are brought to one by
+            :func:`~lit_rebasin.metrics.same_space`.
+
+    Returns:
+        ``(B,)``; infinity for a sample that comes back to where it was.
+
+    Raises:
+        ValueError: If there are fewer than three layers, or they are not ``(B, width)``.
+    """
+    points = torch.stack(same_space(_checked(track))).double()
+    steps = points.diff(dim=0)
+    unit = steps / steps.norm(dim=2, keepdim=True).clamp(min=_SHORTEST)
+    return len(steps) / unit.sum(0).norm(dim=1)
+
+
+def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
+    """Return how near the pairing of samples before and after some layers is to the optimal one between the two clouds.
+
+    The score is ``W_2^2 / mean_i |x_i - T(x_i)|^2``, in (0, 1], and 1 if no other pairing is shorter. This is a definition of our own, for that
+    of Gai and Zhang (arXiv 2102.09235) was not at hand.
+
+    Args:
+        start: ``(B, width)``, the points ``x_i``.
+        end: ``(B, width)``, their images ``T(x_i)``.
+
+    Returns:
+        The score, and the share of the samples that the optimal plan sends to their own image.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if start.shape != end.shape:
+        raise ValueError(f"start and end must be of one shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
+    distance, plan = wasserstein_distance(start, end)
+    learned = float((start.double() - end.double()).square().sum(1).mean())
+    own = float(plan.diagonal().sum())
+    return (min(1.0, distance**2 / learned) if learned > 0 else 1.0), own
+
+
+class LineShapeScore(Metric):
+    """The mean over samples of :func:`~lit_rebasin.metrics.line_shape_scores`, from tracks.
+
+    ``update`` takes a track, ``(B, width)`` for each layer. At least 1, and 1 for straight lines (Gai and Zhang, arXiv 2102.09235).
+
+    Example::
+
+        metric = LineShapeScore()
+        metric.update([x_0, x_1, x_2])
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 1.0
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    @override
+    def update(self, track: Sequence[Tensor]) -> None:
+        """Take in the ways of some samples."""
+        scores = line_shape_scores(track)
+        self.total += scores.sum().to(self.total.device)
+        self.count += len(scores)
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the mean score, in float64."""
+        return self.total / self.count
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw one value, or several after each other."""
+        return self._plot(val, ax)
+
+
+class OptimalTransportScore(Metric):
+    """:func:`~lit_rebasin.metrics.optimal_transport_score` of all samples that it was given.
+
+    ``update`` takes a track, of which the first and the last layer count, brought to one width where they have two. The clouds are kept as a
+    whole, for the optimal plan is one of all of them: a thousand samples take a second.
+
+    Example::
+
+        metric = OptimalTransportScore()
+        metric.update([x_0, x_1, x_2])
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    start: list[Tensor]
+    end: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("start", "end"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    @override
+    def update(self, track: Sequence[Tensor]) -> None:
+        """Take in where some samples begin and end."""
+        track = _checked(track)
+        self.start.append(track[0].detach())
+        self.end.append(track[-1].detach())
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the score, in float64."""
+        return self._both()[0]
+
+    @property
+    def matched(self) -> Tensor:
+        """The share of the samples that the optimal plan sends to their own image."""
+        return self._both()[1]
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw one value, or several after each other."""
+        return self._plot(val, ax)
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        start, end = same_space([torch.cat(list(points)) for points in (self.start, self.end)])
+        score, matched = optimal_transport_score(start, end)
+        return torch.tensor(score, dtype=torch.float64), torch.tensor(matched, dtype=torch.float64)
+
+
+def _checked(track: Sequence[Tensor]) -> list[Tensor]:
+    points = list(track)
+    if len(points) < 3:
+        raise ValueError(f"A track needs at least three layers, for two points are on a line; got {len(points)}.")
+    for index, layer in enumerate(points):
+        if layer.ndim != 2 or len(layer) != len(points[0]):
+            raise ValueError(
+                f"Every layer of a track must be (B, width) with one B, got {tuple(layer.shape)} in place {index} beside "
+                f"{tuple(points[0].shape)} in place 0."
+            )
+    return points

@@ -1,0 +1,196 @@
+"""The ways of samples through the layers of a network."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Fewer points than these make no track: two are always on a straight line.
+_POINTS = 3
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The first call of a module: what went in and what came out, one sample a row."""
+
+    name: str
+    module: nn.Module
+    input: Tensor | None
+    output: Tensor
+
+    @property
+    def size(self) -> int:
+        """Numbers a sample."""
+        return self.output[0].numel()
+
+
+@contextmanager
+def recorded(root: nn.Module, gradients: dict[str, Tensor] | None = None) -> Iterator[list[Call]]:
+    """Collect the first call of every module that gives out one tensor with samples in dimension 0, in the order of their ends.
+
+    Left out are parts that are frozen, such as the copy of a network that another is distilled from, and modules that pass on what another
+    one has given out.
+
+    Args:
+        root: Its parts are listened to.
+        gradients: Filled with the gradients of the outputs by the name of the module, by any backward pass through what was recorded.
+    """
+    calls: list[Call] = []
+    met: set[nn.Module] = set()
+    outputs: list[
+        tuple[Tensor, int]
+    ] = []  # with how often they had been written to, for a later layer may work in place
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if module in met or not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
+                return
+            met.add(module)
+            if any(output is known and output._version == version for known, version in outputs):
+                return
+            outputs.append((output, output._version))
+            given = args[0].detach().clone() if args and isinstance(args[0], Tensor) and args[0].ndim > 1 else None
+            calls.append(Call(name, module, given, output.detach().clone()))
+            if gradients is not None and output.requires_grad:
+                output.register_hook(lambda gradient: gradients.update({name: gradient.detach()}))
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in _trained(root)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tracks_of(calls: Sequence[Call], layers: Sequence[str] | None = None) -> dict[str, list[Tensor]]:
+    """Return the ways of the samples through layers, by the name of each track's first layer.
+
+    By default a track goes through modules of one class whose outputs have one size, such as the blocks of a stage of a ResNet, from what goes
+    into the first of them on; through activation functions or the like where no such blocks follow each other; and through all linear layers
+    and convolutions, from the input on, where nothing of one size does. A track has at least three points.
+
+    Args:
+        calls: What :func:`recorded` has collected.
+        layers: Names of the modules to go through, in place of the choice above.
+
+    Returns:
+        By name the points ``(B, width)``, of one or of several widths.
+
+    Raises:
+        ValueError: If a layer was not called, or there are not three points.
+    """
+    if layers is not None:
+        return {layers[0]: _through(calls, layers)}
+    blocks = [call for call in calls if any(True for _ in call.module.children())]
+    weighted = [call for call in calls if isinstance(call.module, WEIGHTED)]
+    others = [call for call in calls if call not in blocks and call not in weighted]
+    found = _of_one_class(blocks, _from_input) or _of_one_class(others, _outputs) or _of_one_class(weighted, _outputs)
+    found = found or _long([_from_any_input(weighted)])
+    if not found:
+        raise ValueError("The network has no three layers that a track could go through: name some in layers=.")
+    return {name: [_flat(point) for point in points] for name, points in found}
+
+
+def same_space(track: Sequence[Tensor]) -> list[Tensor]:
+    """Return a track in one space: as it is where all widths are equal, else up to rigid motions of every cloud.
+
+    Clouds of different widths have no common coordinates. Each is centred and turned onto the one before it by the orthogonal map that leaves
+    the least squared distance between them (Procrustes), missing coordinates being 0: the steps that are left are those that no rigid motion
+    explains.
+
+    Args:
+        track: ``(B, width)`` each.
+
+    Returns:
+        ``(B, width)`` each, of one width.
+    """
+    if len({points.shape[1] for points in track}) == 1:
+        return list(track)
+    # B points lie in B dimensions at most, in which they are written without loss.
+    clouds = [_reduced(points - points.mean(0)) for points in track]
+    width = max(points.shape[1] for points in clouds)
+    clouds = [nn.functional.pad(points, (0, width - points.shape[1])) for points in clouds]
+    joined = clouds[:1]
+    for points in clouds[1:]:
+        left, _, right = torch.linalg.svd(points.T @ joined[-1])
+        joined.append(points @ left @ right)
+    return joined
+
+
+def _trained(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules by name but for those of frozen parts; the root itself is none of its layers."""
+    for name, child in root.named_children():
+        parameters = list(child.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            continue
+        yield prefix + name, child
+        yield from _trained(child, f"{prefix}{name}.")
+
+
+def _through(calls: Sequence[Call], layers: Sequence[str]) -> list[Tensor]:
+    known = {call.name: call.output for call in calls}
+    for name in layers:
+        if name not in known:
+            raise ValueError(f"layers names {name!r}, which was not called; these were: {', '.join(known)}.")
+    if len(layers) < _POINTS:
+        raise ValueError(
+            f"layers must name at least {_POINTS} modules, for two points lie on a line; got {list(layers)}."
+        )
+    return [_flat(known[name]) for name in layers]
+
+
+Points = tuple[str, list[Tensor]]
+
+
+def _of_one_class(calls: Sequence[Call], points_of: Callable[[Sequence[Call]], Points]) -> list[Points]:
+    """Return the tracks through the class of modules that has the most points, one for each size; of two such classes the later one."""
+    best: list[Points] = []
+    for kind in {type(call.module): None for call in calls}:
+        sizes: dict[int, list[Call]] = {}
+        for call in calls:
+            if type(call.module) is kind:
+                sizes.setdefault(call.size, []).append(call)
+        found = _long([points_of(series) for series in sizes.values()])
+        if found and sum(len(points) for _, points in found) >= sum(len(points) for _, points in best):
+            best = found
+    return best
+
+
+def _long(tracks: Iterable[Points]) -> list[Points]:
+    return [(name, points) for name, points in tracks if len(points) >= _POINTS]
+
+
+def _outputs(series: Sequence[Call]) -> Points:
+    return series[0].name if series else "", [call.output for call in series]
+
+
+def _from_input(series: Sequence[Call]) -> Points:
+    """Return the outputs, and before them what goes into the first module if it is of their size."""
+    name, points = _from_any_input(series)
+    return (
+        (name, points[1:]) if len(points) > len(series) and points[0][0].numel() != series[0].size else (name, points)
+    )
+
+
+def _from_any_input(series: Sequence[Call]) -> Points:
+    """Return the outputs, and before them what goes into the first module."""
+    name, points = _outputs(series)
+    given = series[0].input if series else None
+    return name, [given, *points] if given is not None and len(given) == len(points[0]) else points
+
+
+def _flat(points: Tensor) -> Tensor:
+    return points.flatten(1).float()
+
+
+def _reduced(points: Tensor) -> Tensor:
+    """Return points in no more coordinates than there are points, at the same distances."""
+    if points.shape[1] <= len(points):
+        return points
+    return torch.linalg.qr(points.T, mode="r").R.T

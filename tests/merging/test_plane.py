@@ -1,0 +1,71 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_rebasin.merging import loss_plane
+from lit_rebasin.metrics import plane_figure
+
+
+def weights(seed, n=6):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, generator=generator, dtype=torch.float64)
+    return {"a": values[:4].reshape(2, 2), "b": values[4:], "steps": torch.tensor(seed)}
+
+
+def flat(one):
+    return torch.cat([one["a"].flatten(), one["b"]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 500))
+def test_the_grid_is_the_plane_through_the_three(seed):
+    corners = [weights(seed + k) for k in range(3)]
+    points = []
+    plane = loss_plane(*corners, lambda one: points.append(one) or flat(one).square().sum(), points=4, margin=0.3)
+    vectors = torch.stack([flat(point) for point in points]).reshape(4, 4, -1)
+    # Distances in the picture are those of the weights, also to the three networks.
+    places = torch.cartesian_prod(plane.y, plane.x).flip(1).reshape(4, 4, 2)
+    for corner, place in zip(corners, plane.corners, strict=True):
+        wanted = (vectors - flat(corner)).norm(dim=2)
+        assert torch.allclose((places - place).norm(dim=2), wanted, atol=1e-8)
+    assert torch.allclose(plane.losses, vectors.square().sum(2))
+    assert all(point["steps"] == seed for point in points)
+
+
+def test_losses_are_those_of_the_networks_at_their_corners():
+    corners = [weights(k) for k in range(3)]
+    plane = loss_plane(*corners, lambda one: flat(one).sum(), points=3, margin=0)
+    # A linear loss is linear on the plane: three values fix it.
+    x, y = plane.corners.T
+    design = torch.stack([torch.ones(3, dtype=torch.float64), x, y], 1)
+    slope = torch.linalg.solve(design, torch.stack([flat(corner).sum() for corner in corners]))
+    wanted = slope[0] + slope[1] * plane.x[None, :] + slope[2] * plane.y[:, None]
+    assert torch.allclose(plane.losses, wanted)
+    assert (plane.x[0], plane.x[-1]) == (x.min(), x.max())
+
+
+def test_three_networks_on_a_line():
+    first, second = weights(0), weights(1)
+    middle = {name: (first[name] + second[name]) / 2 for name in first}
+    for third in (middle, first, second):
+        with pytest.raises(ValueError, match="lie on a line"):
+            loss_plane(first, second, third, lambda one: flat(one).sum())
+    with pytest.raises(ValueError, match="lie on a line"):
+        loss_plane(first, first, second, lambda one: flat(one).sum())
+
+
+def test_arguments_that_do_not_fit():
+    with pytest.raises(ValueError, match="points must be at least 2"):
+        loss_plane(*[weights(k) for k in range(3)], lambda one: 0.0, points=1)
+    with pytest.raises(ValueError, match="b"):
+        loss_plane(weights(0), weights(1), {"a": weights(2)["a"]}, lambda one: 0.0)
+
+
+def test_the_picture_marks_the_three():
+    plane = loss_plane(*[weights(k) for k in range(3)], lambda one: flat(one).square().sum(), points=5)
+    axes = plane_figure(plane, ("previous", "new", "aligned")).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["previous", "new", "aligned"]
+    assert [tuple(line.get_xydata()[0]) for line in axes.lines] == [tuple(corner) for corner in plane.corners.tolist()]
+    flat_plane = loss_plane(*[weights(k) for k in range(3)], lambda one: 1.0, points=3)
+    assert len(plane_figure(flat_plane, ("a", "b", "c")).axes) == 1  # nothing to colour, and no error

@@ -1,0 +1,219 @@
+import copy
+import math
+
+import ot
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lit_rebasin.metrics import (
+    LineShapeScore,
+    OptimalTransportScore,
+    line_shape_scores,
+    optimal_transport_score,
+    recorded,
+    same_space,
+    tracks_figure,
+    tracks_of,
+)
+
+
+def cloud(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_straight_line_has_score_one_whatever_its_steps():
+    start, direction = cloud(5, 4), cloud(5, 4, seed=1)
+    track = [start + share * direction for share in (0, 0.1, 2, 2.5)]
+    assert line_shape_scores(track).tolist() == pytest.approx([1.0] * 5)
+
+
+def test_bent_tracks_have_the_known_scores():
+    corner = [torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 0.5]])]
+    assert line_shape_scores(corner).tolist() == pytest.approx(
+        [2 / 2**0.5]
+    )  # two steps at a right angle, of any length
+    angle = math.radians(60)
+    points = [torch.tensor([[0.0, 0.0]])]
+    for turn in range(3):  # an arc of three unit steps that turns by 60 degrees twice ends two units away
+        step = torch.tensor([[math.cos(turn * angle), math.sin(turn * angle)]])
+        points.append(points[-1] + step * (turn + 1))
+    assert line_shape_scores(points).tolist() == pytest.approx([3 / 2], rel=1e-6)
+
+
+def test_a_way_back_and_a_stand():
+    there_and_back = [torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2)]
+    assert line_shape_scores(there_and_back).isinf().all()
+    stands_once = [torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2)]
+    assert line_shape_scores(stands_once).tolist() == pytest.approx([2.0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 6), st.integers(1, 5), st.integers(0, 999))
+def test_a_score_is_at_least_one_and_knows_no_frame_or_scale(layers, width, seed):
+    track = [cloud(4, width, seed=seed + layer) for layer in range(layers)]
+    scores = line_shape_scores(track)
+    assert (scores >= 1 - 1e-9).all()
+    turn = torch.linalg.qr(cloud(width, width, seed=seed + 99)).Q
+    moved = [3 * points @ turn + 7 for points in track]
+    assert line_shape_scores(moved).tolist() == pytest.approx(scores.tolist(), rel=1e-6)
+
+
+def test_a_monotone_map_of_the_line_is_optimal_and_a_shuffled_one_is_not():
+    x = cloud(50, 1)
+    image = x.sort(0).values.exp()[x[:, 0].argsort().argsort()]  # each point goes to the image of its rank
+    score, matched = optimal_transport_score(x, image)
+    assert (score, matched) == (pytest.approx(1.0), pytest.approx(1.0))
+    shuffled = image[torch.randperm(50, generator=torch.Generator().manual_seed(0))]
+    score, matched = optimal_transport_score(x, shuffled)
+    optimal = float((x.sort(0).values - image.sort(0).values).square().mean())
+    assert score == pytest.approx(optimal / float((x - shuffled).square().mean()))
+    assert score < 0.9
+    assert matched < 0.2
+
+
+def test_the_score_of_a_rotation_is_that_of_pot():
+    x = cloud(20, 2)
+    y = x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    cost = ot.emd2([], [], ot.dist(x.numpy(), y.numpy()))
+    assert optimal_transport_score(x, y)[0] == pytest.approx(cost / float((x - y).square().sum(1).mean()))
+
+
+def test_points_that_stay_are_where_they_belong():
+    x = cloud(6, 2)
+    assert optimal_transport_score(x, x) == (1.0, pytest.approx(1.0))
+
+
+def test_metrics_over_batches_are_those_of_the_whole():
+    track = [cloud(30, 3, seed=layer) for layer in range(4)]
+    straight, optimal = LineShapeScore(), OptimalTransportScore()
+    for part in (slice(0, 11), slice(11, 30)):
+        straight.update([points[part] for points in track])
+        optimal.update([points[part] for points in track])
+    score, matched = optimal_transport_score(track[0], track[-1])
+    assert float(straight.compute()) == pytest.approx(float(line_shape_scores(track).mean()))
+    assert float(optimal.compute()) == pytest.approx(score)
+    assert float(optimal.matched) == pytest.approx(matched)
+    assert straight.higher_is_better is False
+    assert optimal.higher_is_better is True
+    for metric in (straight, optimal):
+        _, axes = metric.plot()
+        assert axes.lines or axes.collections
+
+
+def test_clouds_of_several_widths_are_turned_onto_each_other():
+    x = cloud(12, 3)
+    turn = torch.linalg.qr(cloud(3, 3, seed=5)).Q
+    wider = nn.functional.pad(x @ turn, (0, 2)) + 4
+    joined = same_space([x, wider, 2 * x[:, :2]])
+    assert torch.allclose(joined[0][:, :3], x - x.mean(0))
+    assert torch.allclose(joined[1], joined[0], atol=1e-9)  # the same cloud but for a rigid motion
+    assert joined[2].square().sum() == pytest.approx(float((2 * (x - x.mean(0))[:, :2]).square().sum()))
+
+
+def test_more_dimensions_than_points_lose_nothing():
+    x, y = cloud(6, 40), cloud(6, 9, seed=1)
+    joined = same_space([x, y])
+    for before, after in ((x, joined[0]), (y, joined[1])):
+        assert torch.allclose(torch.cdist(before, before), torch.cdist(after, after), atol=1e-9)
+    # No other orthogonal map brings them nearer: the nuclear norm of the cross products is the bound.
+    a, b = (points - points.mean(0) for points in (x, y))
+    bound = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a.T @ b).sum()
+    assert float((joined[0] - joined[1]).square().sum()) == pytest.approx(float(bound))
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return x + self.act(self.inner(x))
+
+
+def calls_of(network, x):
+    with torch.no_grad(), recorded(network) as calls:
+        network(x)
+    return calls
+
+
+def test_a_track_goes_through_the_blocks_of_each_stage():
+    network = nn.Sequential(nn.Linear(6, 4), Block(4), Block(4), nn.Linear(4, 3), Block(3), Block(3), Block(3))
+    x = cloud(5, 6).float()
+    tracks = tracks_of(calls_of(network, x))
+    assert list(tracks) == ["1", "4"]
+    with torch.no_grad():
+        points = [x]
+        for layer in network:
+            points.append(layer(points[-1]))
+    for found, wanted in ((tracks["1"], points[1:4]), (tracks["4"], points[4:])):
+        assert len(found) == len(wanted)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_plain_network_is_followed_through_its_activations():
+    layers = [part for _ in range(3) for part in (nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Dropout())]
+    network = nn.Sequential(nn.Linear(6, 4), *layers, nn.Linear(4, 2)).eval()
+    tracks = tracks_of(calls_of(network, cloud(5, 6).float()))
+    assert list(tracks) == ["2"]
+    assert len(tracks["2"]) == 3
+    assert all((points >= 0).all() for points in tracks["2"])
+
+
+def test_layers_of_several_widths_are_followed_from_the_input():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = cloud(5, 6).float().reshape(5, 2, 3)
+    (track,) = tracks_of(calls_of(network, x)).values()
+    assert [points.shape[1] for points in track] == [6, 4, 2]
+    assert torch.equal(track[0], x.flatten(1))
+
+
+def test_frozen_copies_and_second_calls_are_left_out():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    holder = nn.Module()
+    holder.network, holder.teacher = network, copy.deepcopy(network).requires_grad_(False)
+    x = cloud(5, 4).float()
+    with recorded(holder) as calls:
+        holder.teacher(x)
+        holder.network(x)
+        holder.network(2 * x)
+    assert {call.name.split(".")[0] for call in calls} == {"network"}
+    (track,) = tracks_of(calls).values()
+    assert torch.equal(track[0], network[:2](x))
+    assert not network[0]._forward_hooks
+
+
+def test_named_layers():
+    network = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
+    calls = calls_of(network, cloud(5, 6).float())
+    assert [points.shape[1] for points in tracks_of(calls, ["0", "2", "3"])["0"]] == [4, 4, 2]
+    with pytest.raises(ValueError, match="layers names 'head', which was not called; these were: 0, 1, 2, 3"):
+        tracks_of(calls, ["0", "head", "2"])
+    with pytest.raises(ValueError, match="at least 3 modules"):
+        tracks_of(calls, ["0", "2"])
+    with pytest.raises(ValueError, match="no three layers"):
+        tracks_of(calls_of(nn.Sequential(nn.Linear(6, 2)), cloud(5, 6).float()))
+
+
+@pytest.mark.parametrize(
+    ("track", "message"),
+    [([torch.zeros(2, 2)] * 2, "at least three layers"), ([torch.zeros(2, 2)] * 2 + [torch.zeros(3, 2)], "in place 2")],
+)
+def test_tracks_that_do_not_fit(track, message):
+    for metric in (LineShapeScore(), OptimalTransportScore()):
+        with pytest.raises(ValueError, match=message):
+            metric.update(track)
+    with pytest.raises(ValueError, match="one shape"):
+        optimal_transport_score(torch.zeros(2, 2), torch.zeros(3, 2))
+
+
+def test_the_picture_has_a_line_a_sample():
+    tracks = {name: [cloud(7, 5, seed=layer) for layer in range(4)] for name in ("a", "b")}
+    figure = tracks_figure(tracks)
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["from a, 3 steps", "from b, 3 steps"]
+    lines = [c for c in panels[0].collections if len(c.get_paths()) == 3]
+    assert len(lines) == 7

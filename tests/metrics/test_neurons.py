@@ -1,0 +1,97 @@
+import math
+
+import numpy as np
+import ot
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from lit_rebasin.metrics import effective_dimension, layer_neurons, neuron_distances, width_bound
+
+
+def random_points(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_spectrum(spectrum, n):
+    """Points whose covariance has just these eigenvalues, in a turned frame."""
+    d = len(spectrum)
+    points = random_points(n, d)
+    points = points - points.mean(0)
+    white = torch.linalg.qr(points).Q * math.sqrt(n)  # the covariance of these is the identity
+    turn = torch.linalg.qr(random_points(d, d, seed=1)).Q
+    return white * torch.tensor(spectrum, dtype=torch.float64).sqrt() @ turn
+
+
+@pytest.mark.parametrize("n", [5, 40])
+@pytest.mark.parametrize("spectrum", [[4.0, 1.0, 1.0], [1.0, 1.0, 1.0], [9.0, 0.0, 0.0]])
+def test_effective_dimension_of_a_known_spectrum(spectrum, n):
+    points = with_spectrum(spectrum, n) + 5
+    assert effective_dimension(points) == pytest.approx(sum(spectrum) ** 2 / sum(s**2 for s in spectrum))
+    wider = torch.cat([points, torch.zeros(n, 50)], 1)  # more coordinates than points
+    assert effective_dimension(wider) == pytest.approx(effective_dimension(points))
+
+
+def test_effective_dimension_is_that_of_numpys_covariance():
+    points = random_points(30, 7) @ random_points(7, 7, seed=2)
+    covariance = np.cov(points.T.numpy())
+    assert effective_dimension(points) == pytest.approx(np.trace(covariance) ** 2 / np.trace(covariance @ covariance))
+    assert effective_dimension(torch.ones(4, 3)) == 0
+    with pytest.raises(ValueError, match="at least two of them"):
+        effective_dimension(torch.ones(1, 3))
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1, bias=False))
+
+
+def test_neurons_are_what_comes_in():
+    model = network(0)
+    neurons = layer_neurons(model, dict(model.named_parameters()))
+    assert {name: tuple(points.shape) for name, points in neurons.items()} == {"0": (4, 19), "4": (1, 16)}
+    assert torch.equal(neurons["0"][2, :-1], model[0].weight[2].flatten())
+    assert neurons["0"][2, -1] == model[0].bias[2]
+    assert layer_neurons(nn.Linear(2, 3), dict(nn.Linear(2, 3).named_parameters()))[""].shape == (3, 3)
+
+
+def test_distances_are_those_of_pot_and_scipy():
+    model, reference = (dict(network(seed).named_parameters()) for seed in (0, 1))
+    found = neuron_distances(network(0), model, reference)
+    ours, theirs = (layer_neurons(network(0), weights)["0"].double().numpy() for weights in (model, reference))
+    assert found["0"].wasserstein == pytest.approx(ot.emd2([], [], ot.dist(ours, theirs)) ** 0.5)
+    between, a, b = (np.sqrt(ot.dist(*pair)).mean() for pair in ((ours, theirs), (ours, ours), (theirs, theirs)))
+    assert found["0"].energy == pytest.approx((2 * between - a - b) ** 0.5, rel=1e-6)
+    assert found["0"].paired == pytest.approx(np.sqrt(np.square(ours - theirs).sum(1).mean()), rel=1e-6)
+    assert found["0"].wasserstein < found["0"].paired
+
+
+def test_a_layer_of_one_input_is_a_line():
+    model, reference = nn.Linear(1, 30, bias=False), nn.Linear(1, 30, bias=False)
+    found = neuron_distances(model, dict(model.named_parameters()), dict(reference.named_parameters()))[""]
+    weights = [layer.weight[:, 0].detach().double() for layer in (model, reference)]
+    assert found.energy == pytest.approx(stats.energy_distance(*weights), rel=1e-6)
+    assert found.wasserstein == pytest.approx(
+        float((weights[0].sort()[0] - weights[1].sort()[0]).square().mean()) ** 0.5
+    )
+
+
+def test_the_order_of_neurons_counts_for_the_pairs_alone():
+    model = network(0)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    turned = {**weights, "0.weight": weights["0.weight"].flip(0), "0.bias": weights["0.bias"].flip(0)}
+    found = neuron_distances(model, turned, weights)["0"]
+    assert found.wasserstein == pytest.approx(0, abs=1e-9)
+    assert found.energy == pytest.approx(0, abs=1e-6)
+    assert found.paired > 0.1
+
+
+def test_the_width_bound_is_a_power_of_the_error():
+    assert width_bound(3, 0.01) == pytest.approx(6)  # a million neurons
+    assert width_bound(0, 0.5) == 0
+    for error in (0, 1, float("nan")):
+        with pytest.raises(ValueError, match="error must lie between 0 and 1"):
+            width_bound(3, error)
+    with pytest.raises(ValueError, match="dimension must be"):
+        width_bound(-1, 0.1)
