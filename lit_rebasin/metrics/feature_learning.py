@@ -20,8 +20,8 @@ class FeatureSpeed(Metric):
     * ``backward``: root mean square of the gradient, of the loss as it is given: of a loss that is a mean over B examples, it is smaller by B
       than that of their sum.
 
-    The feature speed formula (Chizat and Netrapalli, NeurIPS 2024, Theorem 2.1) says what they have to do with the loss. After a small step of
-    gradient descent, in one batch, with learning rates ``eta_v`` and the gradients ``g_v`` of the layers up to this one,
+    The feature speed formula (Chizat and Netrapalli, NeurIPS 2024, arXiv 2311.18718) says what they have to do with the loss. After a small
+    step of gradient descent, in one batch, with learning rates ``eta_v`` and the gradients ``g_v`` of the layers up to this one,
 
         ``cosine * speed * forward * backward * entries = sum_v eta_v |g_v|^2``,
 

@@ -63,7 +63,7 @@ def layout(model: nn.Module, args: tuple[Any, ...]) -> Layout:
     for node in program.graph.nodes:
         for source in node.all_input_nodes:
             owner = owners.get(id(tensors.get(parameters.get(source.name, ""))))
-            if owner is not None:
+            if owner is not None and _kind(node) != "aten::embedding":  # which may share the weight of a layer
                 weighted[node] = owner
     found = [one for node in program.graph.nodes if (one := _branch_ends(node, weighted)) is not None]
     ends: frozenset[str] = frozenset().union(*found)

@@ -206,6 +206,7 @@ def linear():
 def test_what_is_a_residual_branch():
     assert ends(lambda m, x: m.a(x) + x, a=linear()) == (1, {"a"})
     assert ends(lambda m, x: x + m.b(m.a(x)).relu().mul(2), a=linear(), b=linear()) == (1, {"b"})
+    assert ends(lambda m, x: (y := m.a(x)) + m.b(y) * m.c(x), a=linear(), b=linear(), c=linear()) == (1, {"b"})
     assert ends(lambda m, x: m.a(x) + m.b(x), a=linear(), b=linear()) == (0, set())
     assert ends(lambda m, x: m.a(x + x.tanh() + 1), a=linear()) == (0, set())
     assert ends(lambda m, x: x - m.a(x), a=linear()) == (0, set())
@@ -296,9 +297,52 @@ def test_layers_that_are_used_twice_and_frozen_ones():
     inputs, target = torch.randn(32, 20), torch.arange(32) % 5
     scales = suggest_scales(model, (inputs, target))
     assert [scale.name for scale in scales] == ["shared", "last"]
+    with torch.no_grad():
+        assert scales[0].weight_scale * rms(model.shared(model.first(inputs))) == pytest.approx(1, rel=1e-4)
     decays, moved = step(applied(model, scales), scales, inputs, target)
     assert moved == pytest.approx(0.01, rel=0.03)
     assert decays[0] == pytest.approx(decays[1], rel=1e-3)
+
+
+def test_a_weight_shared_with_an_embedding_is_the_output_layers():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.middle, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.middle(self.embedding(x)).tanh())
+
+    tokens = torch.arange(28) % 7
+    scales = suggest_scales(Tied(), (tokens, tokens.roll(1)))
+    assert [scale.name for scale in scales] == ["middle", "head"]
+    assert scales[1].weight_scale == 1
+    decays, moved = step(applied(Tied(), scales), scales, tokens, tokens.roll(1))
+    assert moved == pytest.approx(0.01, rel=0.03)
+    assert decays[0] == pytest.approx(decays[1], rel=1e-3)
+
+
+def test_a_layer_of_zeros_stays_as_it_is():
+    model = Residual(2)
+    for block in model.blocks:
+        block[0] = nn.Identity()
+        nn.init.zeros_(block[2].weight)
+        nn.init.zeros_(block[2].bias)
+    scales = suggest_scales(model, batch_for(model))
+    assert [scale.weight_scale for scale in scales if scale.on_branch] == [1, 1]
+    decays, moved = step(applied(model, scales), scales, *batch_for(model))
+    assert moved == pytest.approx(0.01, rel=0.03)
+    assert max(decays) == pytest.approx(min(decays), rel=1e-3)
+
+
+def test_large_changes_grow_faster_than_the_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(20, 20, bias=False) for _ in range(6)], nn.Linear(20, 5))
+    inputs, target = batch_for(model)
+    scales = suggest_scales(model, (inputs, target), change=50.0)
+    assert step(applied(model, scales), scales, inputs, target)[1] == pytest.approx(50, rel=0.03)
 
 
 def dead():
