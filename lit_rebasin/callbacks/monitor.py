@@ -1,9 +1,11 @@
 """What all monitors have in common: examples that they keep aside, when they measure, and where the numbers go."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
@@ -41,7 +43,9 @@ class Monitor(Callback):
         self.task = 0
         self._held: Any = None
         self._from_validation = False
-        self._refused = False  # whether training_step cannot take what the validation has
+        self._usable: bool | None = (
+            None  # whether training_step can work with what the validation has, once that is known
+        )
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -60,7 +64,7 @@ class Monitor(Callback):
         """Keep the first examples of the task in hand; nothing is drawn for it."""
         loaders = len(trainer.num_val_batches) or len(trainer.num_sanity_val_batches)
         wanted = min(self._task_of(trainer), max(loaders, 1) - 1)
-        if batch_idx == 0 and dataloader_idx == wanted and not self._refused:
+        if batch_idx == 0 and dataloader_idx == wanted and self._usable is not False:
             self._held, self._from_validation = _first(batch, self.examples), True
 
     @override
@@ -73,7 +77,7 @@ class Monitor(Callback):
             self._held = None
         self.task = task
         step = StepLoss(pl_module, trainer.precision_plugin)
-        if self._held is None or (self._from_validation and not self._takes(step)):
+        if self._held is None or (self._from_validation and not self._is_usable(step)):
             self._held, self._from_validation = _first(batch, self.examples), False
 
     @override
@@ -136,20 +140,19 @@ class Monitor(Callback):
         every = epochs_per_task(trainer)
         return trainer.current_epoch // every if every else self.task
 
-    def _takes(self, step: StepLoss) -> bool:
+    def _is_usable(self, step: StepLoss) -> bool:
         """Return whether ``training_step`` can work with examples of the validation, which may be of another form."""
-        try:
-            with step.quiet():
-                step.loss(self._held)
-        except NoLossError:
-            return True
-        except Exception as error:
-            rank_zero_warn(
-                f"{type(self).__name__} measures on training examples, for training_step cannot work with those of the validation: {error}"
-            )
-            self._refused = True
-            return False
-        return True
+        if self._usable is None:
+            try:
+                with step.quiet(), torch.no_grad(), suppress(NoLossError):
+                    step.loss(self._held)
+                self._usable = True
+            except Exception as error:
+                self._usable = False
+                rank_zero_warn(
+                    f"{type(self).__name__} measures on training examples, for training_step cannot work with those of the validation: {error}"
+                )
+        return self._usable
 
 
 def _step(trainer: "pl.Trainer") -> int:

@@ -25,6 +25,7 @@ from lit_rebasin.metrics.geodesic import (
     line_shape_scores,
     optimal_transport_score,
 )
+from lit_rebasin.metrics.lanczos import HessianEigenvalues
 from lit_rebasin.metrics.neurons import (
     NeuronDistance,
     effective_dimension,
@@ -34,10 +35,9 @@ from lit_rebasin.metrics.neurons import (
 )
 from lit_rebasin.metrics.path_figure import path_figure
 from lit_rebasin.metrics.plane_figure import plane_figure
+from lit_rebasin.metrics.scales import LayerScale, suggest_scales
 from lit_rebasin.metrics.track_figure import tracks_figure
 from lit_rebasin.metrics.tracks import recorded, same_space, tracks_of
-from lit_rebasin.metrics.lanczos import HessianEigenvalues
-from lit_rebasin.metrics.scales import LayerScale, suggest_scales
 
 __all__ = [
     "BackwardTransfer",

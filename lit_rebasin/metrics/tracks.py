@@ -15,12 +15,13 @@ WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Call:
-    """The first call of a module: what went in and what came out, one sample a row."""
+    """The first call of a module: what went in and what came out, one sample a row; and whether that had been given out before."""
 
     name: str
     module: nn.Module
     input: Tensor | None
     output: Tensor
+    passes_on: bool
 
     @property
     def size(self) -> int:
@@ -32,8 +33,7 @@ class Call:
 def recorded(root: nn.Module, gradients: dict[str, Tensor] | None = None) -> Iterator[list[Call]]:
     """Collect the first call of every module that gives out one tensor with samples in dimension 0, in the order of their ends.
 
-    Left out are parts that are frozen, such as the copy of a network that another is distilled from, and modules that pass on what another
-    one has given out.
+    Parts that are frozen, such as the copy of a network that another is distilled from, are left out.
 
     Args:
         root: Its parts are listened to.
@@ -50,11 +50,10 @@ def recorded(root: nn.Module, gradients: dict[str, Tensor] | None = None) -> Ite
             if module in met or not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
                 return
             met.add(module)
-            if any(output is known and output._version == version for known, version in outputs):
-                return
+            passes_on = any(output is known and output._version == version for known, version in outputs)
             outputs.append((output, output._version))
             given = args[0].detach().clone() if args and isinstance(args[0], Tensor) and args[0].ndim > 1 else None
-            calls.append(Call(name, module, given, output.detach().clone()))
+            calls.append(Call(name, module, given, output.detach().clone(), passes_on))
             if gradients is not None and output.requires_grad:
                 output.register_hook(lambda gradient: gradients.update({name: gradient.detach()}))
 
@@ -87,6 +86,7 @@ def tracks_of(calls: Sequence[Call], layers: Sequence[str] | None = None) -> dic
     """
     if layers is not None:
         return {layers[0]: _through(calls, layers)}
+    calls = [call for call in calls if not call.passes_on]
     blocks = [call for call in calls if any(True for _ in call.module.children())]
     weighted = [call for call in calls if isinstance(call.module, WEIGHTED)]
     others = [call for call in calls if call not in blocks and call not in weighted]

@@ -186,6 +186,15 @@ def test_frozen_copies_and_second_calls_are_left_out():
     assert not network[0]._forward_hooks
 
 
+def test_a_module_that_passes_on_what_its_parts_give_out_is_a_point_where_it_is_named():
+    stages = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+    calls = calls_of(nn.Sequential(nn.Sequential(*stages), nn.Linear(4, 2)), cloud(5, 4).float())
+    chosen = tracks_of(calls, ["0.0", "0.1", "0.2"])["0.0"]
+    (track,) = tracks_of(calls).values()
+    assert len(track) == 3  # not the last one twice, as the stage and as what the stages are in
+    assert all(torch.equal(a, b) for a, b in zip(chosen, track, strict=True))
+
+
 def test_named_layers():
     network = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
     calls = calls_of(network, cloud(5, 6).float())
