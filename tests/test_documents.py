@@ -20,7 +20,10 @@ def test_code_of_the_readme_runs_as_it_stands(index, tmp_path, monkeypatch):
         assert names["merge"].n_tasks == 5
 
 
-@pytest.mark.parametrize("page", ["transport.md", "merging.md", "alignment.md", "curvature.md", "feature_learning.md"])
+PAGES = ["transport.md", "merging.md", "alignment.md", "geodesic.md", "connectivity.md", "curvature.md", "feature_learning.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_code_of_a_page_prints_what_it_says(page, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     exec(compile("\n".join(blocks), page, "exec"), {})
