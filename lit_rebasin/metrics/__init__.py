@@ -16,6 +16,7 @@ from lit_rebasin.metrics.continual_metrics import (
     LearningAccuracy,
 )
 from lit_rebasin.metrics.figures import accuracy_matrices_figure, accuracy_matrix_figure, accuracy_over_tasks_figure
+from lit_rebasin.metrics.merge_figures import MergePaths, alpha_figure, displacement_figure, paths_figure
 from lit_rebasin.metrics.path_figure import path_figure
 
 __all__ = [
@@ -24,14 +25,18 @@ __all__ = [
     "Forgetting",
     "ForwardTransfer",
     "LearningAccuracy",
+    "MergePaths",
     "accuracy_matrices_figure",
     "accuracy_matrix_figure",
     "accuracy_over_tasks_figure",
     "after_task",
+    "alpha_figure",
     "average_accuracy",
     "backward_transfer",
+    "displacement_figure",
     "forgetting",
     "forward_transfer",
     "learning_accuracy",
     "path_figure",
+    "paths_figure",
 ]
