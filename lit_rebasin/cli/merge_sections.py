@@ -20,7 +20,7 @@ def merge_section(method: str, slug: str, logs: Sequence[RunLog]) -> str:
         logs: One a run.
     """
     figures, remarks = [], []
-    paths, shares = _paths(logs), _mean_shares(logs)
+    paths, shares = paths_of(logs), mean_shares(logs)
     if paths:
         figures.append(_paths_picture(method, slug, paths))
     else:
@@ -58,7 +58,7 @@ def _displacement_picture(method: str, slug: str, shares: Mapping[int, Mapping[s
         f"displacement-{slug}",
         displacement_figure(shares),
         f"Heat map of the neurons that each merge of {method} moved, in the permutation groups {', '.join(groups)}.",
-        "Neurons that the alignment moved, in per cent of the permutation group; the mean over seeds.",
+        "Neurons that the alignment moved, in per cent of the permutation group; of several seeds, the mean.",
     )
 
 
@@ -74,7 +74,7 @@ def _alpha_picture(method: str, slug: str, logs: Sequence[RunLog]) -> str:
     )
 
 
-def _paths(logs: Sequence[RunLog]) -> dict[int, MergePaths]:
+def paths_of(logs: Sequence[RunLog]) -> dict[int, MergePaths]:
     """Return the losses along the path of every merge, in all runs."""
     tasks = _tasks(log.after for log in logs)
     found = {}
@@ -93,7 +93,7 @@ def _losses(by_run: Sequence[Mapping[int, float]], steps: Sequence[int]) -> Tens
     return torch.tensor([[losses.get(step, nan) for step in steps] for losses in by_run], dtype=torch.float64)
 
 
-def _mean_shares(logs: Sequence[RunLog]) -> dict[int, dict[str, float]]:
+def mean_shares(logs: Sequence[RunLog]) -> dict[int, dict[str, float]]:
     """Return the share of neurons moved, by task and group, as the mean over the runs that have it."""
     found: dict[int, dict[str, float]] = {}
     for task in _tasks(log.displacement for log in logs):

@@ -30,7 +30,9 @@ def _missing(run: RunFolder) -> list[str]:
     """Say what the folder does not have."""
     sentences = [f"Not finished: {', '.join(run.missing)}."] if run.missing else []
     unlogged = [name for learned in run.methods.values() for name in learned.unlogged]
-    if unlogged:
+    if not any(learned.logs for learned in run.methods.values()):
+        sentences.append("No run has event files here, so nothing is known of the merges.")
+    elif unlogged:
         sentences.append(f"No event files, so nothing is known of the merges: {', '.join(unlogged)}.")
     for name, learned in run.methods.items():
         sizes = sorted({len(matrix) for matrix in learned.matrices})
@@ -61,18 +63,19 @@ def _accuracies(methods: Mapping[str, Learned]) -> str:
     if not matrices:
         return ""
     means = {name: torch.stack(found).mean(0) for name, found in matrices.items()}
+    several = max(map(len, matrices.values())) > 1
     ends = "; ".join(f"{name} {cell}" for name, cell in _ends(methods).items())
     over_tasks = picture(
         "accuracy-over-tasks",
         accuracy_over_tasks_figure({_label(name): found for name, found in matrices.items()}),
         f"Average accuracy over the tasks learned so far, by method. At the end, in per cent: {ends}.",
-        "Average accuracy on the tasks learned so far: the mean over seeds, the range as a band.",
+        f"Average accuracy on the tasks learned so far{': the mean over seeds, the range as a band' * several}.",
     )
     heat_maps = picture(
         "accuracy-matrix",
         accuracy_matrices_figure({_label(name): mean for name, mean in means.items()}, 2 if len(means) == 4 else 3),
         f"Heat maps of the accuracy on every task after every task, by method: {', '.join(means)}.",
-        "Accuracy on every task (column) after every task (row), the mean over seeds.",
+        f"Accuracy on every task (column) after every task (row){', the mean over seeds' * several}.",
     )
     return f'<section id="accuracy"><h2>Accuracy</h2>\n{over_tasks}\n{heat_maps}</section>'
 

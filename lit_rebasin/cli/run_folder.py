@@ -126,7 +126,7 @@ def _logged_runs(folder: Path, places: Sequence[Path]) -> RunFolder:
             f"{folder} has event files, but nothing in them that RebasinMerge or ContinualMonitor has logged"
         )
     n_runs = sum(len(learned.logs) for learned in found.methods.values())
-    found.about = f"{n_runs} run{'s' * (n_runs > 1)}, read from their event files"
+    found.about = f"{n_runs} runs, read from their event files" if n_runs > 1 else "one run, read from its event files"
     return found
 
 

@@ -58,7 +58,10 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
         curves = torch.tensor([[average_accuracy(after_task(m, t)) for t in range(len(m))] for m in seeds])
         tasks = range(1, curves.shape[1] + 1)
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        axes.plot(tasks, curves.mean(0).numpy(), color=color, marker=marker, markersize=4, label=method)
+        dashes = "-" if index < len(COLORS) else "--"
+        axes.plot(
+            tasks, curves.mean(0).numpy(), color=color, marker=marker, markersize=4, linestyle=dashes, label=method
+        )
         axes.fill_between(
             tasks, curves.min(0).values.numpy(), curves.max(0).values.numpy(), color=color, alpha=0.18, linewidth=0
         )

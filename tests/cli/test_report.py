@@ -129,13 +129,15 @@ def test_hostile_text_is_shown_as_text(copy):
     results["protocol"]["data"]["benchmark"] = results["protocol"]["command"] = HOSTILE
     results["protocol"]["versions"][HOSTILE] = HOSTILE
     results["protocol"]["missing"] = [HOSTILE]
-    results["protocol"]["seeds"] = [3, 4]
+    (copy / HOSTILE).parent.mkdir(parents=True)
+    shutil.move(copy / "rebasin", copy / HOSTILE)
     (copy / "results.json").write_text(json.dumps(results))
     page = report(copy)
     assert not {"script", "iframe"} & set(page.tags)
     assert page.tags.count("img") == len(page.figures)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert HOSTILE in page.text
+    assert page.text.count(HOSTILE) >= 7
+    assert len([name for name in page.figures if name.startswith("figure-paths")]) == 2
     assert HOSTILE in [row[0] for row in page.rows]
 
 
@@ -164,7 +166,7 @@ def test_results_alone_make_a_page_that_says_what_is_missing(tmp_path):
     shutil.copy(ROOT / "docs" / "results" / "rotated_mnist" / "results.json", tmp_path)
     page = report(tmp_path)
     assert set(page.figures) == {"figure-accuracy-over-tasks", "figure-accuracy-matrix"}
-    assert "No event files, so nothing is known of the merges: average seed 0" in page.text
+    assert "No run has event files here, so nothing is known of the merges." in page.text
     assert "Nothing is logged of any merge." in page.text
 
 
@@ -230,6 +232,16 @@ def test_the_numbers_of_a_fit_are_those_that_it_printed(tmp_path, capsys):
     row = report(tmp_path).rows[1]
     assert float(row[1]) == pytest.approx(accuracy, abs=0.11)
     assert float(row[2]) == pytest.approx(forgetting, abs=0.11)
+
+
+def test_a_fit_that_went_on_is_one_run(tmp_path):
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    words = ["fit", "--config", CONFIG, *STREAM, *quiet, "--output_dir", str(tmp_path)]
+    assert main([*words, "--trainer.max_epochs", "2"]) == 0
+    assert "task 1 0.50." in report(tmp_path).figures["figure-alpha-rebasin"]["alt"]
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert "task 1 0.50; task 2 0.50." in report(tmp_path).figures["figure-alpha-rebasin"]["alt"]
+    assert len(list(tmp_path.rglob("version_*"))) == 2
 
 
 def fit_tasks(folder, tasks, merge, monitor, logger):
