@@ -31,6 +31,8 @@ def merge_section(method: str, slug: str, logs: Sequence[RunLog]) -> str:
         remarks.append("Nothing is merged: alpha is 0 throughout, so the network stays as it was trained.")
     elif paths and not shares:
         remarks.append("No neuron is moved: the networks are merged as they are, without an alignment.")
+    elif shares and not any(share for by_group in shares.values() for share in by_group.values()):
+        remarks.append("The alignment leaves every neuron where it is.")
     said = "".join(f"<p>{text(remark)}</p>\n" for remark in [*remarks, *_lacking(logs)])
     return f'<h3>{text(method)}</h3>\n{said}{"".join(figures)}\n<div class="figures">\n{"".join(side_by_side)}</div>'
 

@@ -70,3 +70,9 @@ def test_logs_of_an_earlier_version_lack_the_paths():
     assert "The loss along the path is not in these logs, which an earlier version has written." in section
     assert "figure-alpha-mine" in section
     assert "figure-paths-mine" not in section
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0, True), (0.5, False)])
+def test_an_alignment_that_moves_nothing_is_said(share, said):
+    log = RunLog({}, {1: 0.5}, {1: {0: 1.0, 50: 2.0}}, {1: {0: 1.0, 50: 2.0}}, {1: {"a": share}})
+    assert ("The alignment leaves every neuron where it is." in merge_section("mine", "mine", [log])) is said

@@ -174,11 +174,13 @@ def test_a_benchmark_that_is_not_finished_lists_the_missing_runs(copy):
     results = json.loads((copy / "results.json").read_text())
     results["protocol"]["missing"] = ["rebasin seed 3", "rebasin seed 4", "average seed 4"]
     del results["methods"]["rebasin"]
+    shutil.rmtree(copy / "average" / "seed_4")
     results["methods"]["average"] = {name: values[:1] for name, values in results["methods"]["average"].items()}
     (copy / "results.json").write_text(json.dumps(results))
     page = report(copy)
     assert "Not finished: rebasin seed 3, rebasin seed 4, average seed 4." in page.text
     assert [row[0] for row in page.rows[1:]] == METHODS[:-1]
+    assert "No event files" not in page.text
     assert "figure-paths-average" in page.figures
     assert "figure-paths-rebasin" not in page.figures
 

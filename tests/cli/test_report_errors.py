@@ -68,6 +68,7 @@ def test_results_that_are_cut_off(copy, capsys, text):
             ["RUN", "--output", "nowhere/a.html"],
             "nowhere/a.html cannot be written; pass --output FILE.html in a folder",
         ),
+        (["RUN", "--output", "a.txt/b.html"], "a.txt/b.html cannot be written"),
         (["RUN", "--output", "a.html"], "a.html cannot be written"),
         (["RUN", "--output", "a.txt"], "--output must be a .html or .htm file, got a.txt"),
         (["RUN", "--output"], "expected one argument"),
