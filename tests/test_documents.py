@@ -20,7 +20,15 @@ def test_code_of_the_readme_runs_as_it_stands(index, tmp_path, monkeypatch):
         assert names["merge"].n_tasks == 5
 
 
-PAGES = ["transport.md", "merging.md", "alignment.md", "geodesic.md", "connectivity.md", "curvature.md", "feature_learning.md"]
+PAGES = [
+    "transport.md",
+    "merging.md",
+    "alignment.md",
+    "geodesic.md",
+    "connectivity.md",
+    "curvature.md",
+    "feature_learning.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

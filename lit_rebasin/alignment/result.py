@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -31,4 +32,13 @@ class Alignment:
     @property
     def moved(self) -> int:
         """How many neurons, over all groups, are not where they were."""
-        return sum(int((p != p.new_tensor(range(len(p)))).sum()) for p in self.permutations.values())
+        return sum(map(_count_moved, self.permutations.values()))
+
+    @property
+    def displacement(self) -> dict[str, float]:
+        """By group name, the share of its neurons that are not where they were."""
+        return {name: _count_moved(p) / len(p) for name, p in self.permutations.items()}
+
+
+def _count_moved(permutation: Tensor) -> int:
+    return int((permutation != torch.arange(len(permutation), device=permutation.device)).sum())

@@ -1,13 +1,15 @@
 """What merges and tasks leave in the loggers. The tags are listed in ``docs/tensorboard.md``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from lit_rebasin.callbacks.log_figure import log_figure
 from lit_rebasin.callbacks.merge import MergeOutcome
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.metrics import (
@@ -15,6 +17,7 @@ from lit_rebasin.metrics import (
     after_task,
     average_accuracy,
     backward_transfer,
+    displacement_figure,
     forgetting,
     path_figure,
 )
@@ -26,20 +29,48 @@ def log_settings(trainer: "pl.Trainer", settings: MergeSettings) -> None:
         logger.log_hyperparams({f"rebasin_merge/{name}": value for name, value in asdict(settings).items()})
 
 
-def log_merge(trainer: "pl.Trainer", outcome: MergeOutcome, task: int) -> None:
-    """Log the numbers of a merge at step ``task``, its alignment's cost curve, and the path as a figure."""
+def log_merge(trainer: "pl.Trainer", outcome: MergeOutcome, history: Sequence[Mapping[str, Any]]) -> None:
+    """Log a merge: its numbers at the step of its task, the cost of its alignment, the loss along its path, and pictures.
+
+    Args:
+        trainer: Whose loggers.
+        outcome: How the merge came about.
+        history: All merges so far, as `RebasinMerge` keeps them; this one is the last.
+    """
+    task = history[-1]["task"]
+    numbers = {f"merge/{name}": value for name, value in outcome.numbers.items()}
+    numbers |= {f"displacement/{name}": share for name, share in outcome.alignment.displacement.items()}
     for logger in trainer.loggers:
-        logger.log_metrics({f"merge/{name}": value for name, value in outcome.numbers.items()}, step=task)
+        logger.log_metrics(numbers, step=task)
         for step, cost in enumerate(outcome.alignment.history):
             logger.log_metrics({f"alignment/cost_task_{task:02d}": cost}, step=step)
-        if isinstance(logger, TensorBoardLogger):
-            alpha = outcome.numbers["alpha"]
-            figure = path_figure(outcome.after.alphas, outcome.before.losses, outcome.after.losses, alpha, task)
-            logger.experiment.add_figure("merge/path", figure, global_step=task)
+        for step, losses in _points(outcome, task):
+            logger.log_metrics(losses, step=step)
+    _draw_merge(trainer.loggers, outcome, history)
+    for logger in trainer.loggers:
         logger.save()
 
 
-def log_accuracies(loggers: Iterable[Logger], matrix: Tensor, task: int) -> None:
+def _points(outcome: MergeOutcome, task: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the points of the path by their step, alpha in per cent, with the losses there that are finite."""
+    paths = {f"path/before_task_{task:02d}": outcome.before, f"path/after_task_{task:02d}": outcome.after}
+    for index, alpha in enumerate(outcome.after.alphas.tolist()):
+        losses = {tag: float(path.losses[index]) for tag, path in paths.items()}
+        yield round(100 * alpha), {tag: loss for tag, loss in losses.items() if isfinite(loss)}
+
+
+def _draw_merge(loggers: Sequence[Logger], outcome: MergeOutcome, history: Sequence[Mapping[str, Any]]) -> None:
+    task, after = history[-1]["task"], outcome.after
+    alpha = outcome.numbers["alpha"]
+    log_figure(
+        loggers, "merge/path", lambda: path_figure(after.alphas, outcome.before.losses, after.losses, alpha, task), task
+    )
+    shares = {entry["task"]: entry["displacement"] for entry in history if entry.get("displacement")}
+    if task in shares:  # a merge without alignment has no groups
+        log_figure(loggers, "merge/displacement", lambda: displacement_figure(shares), task)
+
+
+def log_accuracies(loggers: Sequence[Logger], matrix: Tensor, task: int) -> None:
     """Log what the accuracy matrix says after ``task``, at that step, and the matrix as a figure."""
     seen = after_task(matrix, task)
     numbers = {f"accuracy/task_{s:02d}": float(value) for s, value in enumerate(seen[-1])}
@@ -49,6 +80,6 @@ def log_accuracies(loggers: Iterable[Logger], matrix: Tensor, task: int) -> None
     numbers = {name: value for name, value in numbers.items() if isfinite(value)}
     for logger in loggers:
         logger.log_metrics(numbers, step=task)
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure("accuracy/matrix", accuracy_matrix_figure(matrix), global_step=task)
+    log_figure(loggers, "accuracy/matrix", lambda: accuracy_matrix_figure(matrix), task)
+    for logger in loggers:
         logger.save()

@@ -211,7 +211,7 @@ class TaskMerger:
             _check_finite(outcome.numbers["loss_after"])
             write_weights(module, broadcast(weights_of(module)))
         self._known.add(outcome.measured, self._share_of_new)
-        self.history.append({"task": task, **outcome.numbers})
+        self.history.append({"task": task, **outcome.numbers, "displacement": outcome.alignment.displacement})
         numbers = outcome.numbers
         rank_zero_info(
             f"Task {task}: merged with alpha {numbers['alpha']:.2f}, {numbers['moved']} neurons moved, "

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shlex
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -171,6 +173,11 @@ class ContinualCLI(LightningCLI):
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and the packages that a result depends on."""
     return {"python": python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def command_line() -> str:
+    """Return the command that runs, such that a shell takes it."""
+    return shlex.join(["lit-rebasin", *sys.argv[1:]])
 
 
 def prepare_folder(path: str) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity
-from lit_rebasin.cli.app import ContinualCLI, package_versions
+from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, merge_of
 from lit_rebasin.cli.report import write_text
@@ -149,10 +149,11 @@ def _learner(
 
 
 def write_record(cli: ContinualCLI, run: Run, folder: Path) -> None:
-    """Write what is going to run: the configuration, the versions, and the hyper-parameters for the loggers."""
+    """Write what is going to run: the configuration, the versions, the command, and the hyper-parameters for the loggers."""
     text = cli.parser.dump(run.config, skip_validation=True)
     write_text(folder / "config.yaml", text)
     write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
+    write_text(folder / "command.txt", f"{command_line()}\n")
     for logger in run.trainer.loggers:
         logger.log_hyperparams({**run.record.state_dict(), "model": yaml.safe_load(text)["model"]})
 

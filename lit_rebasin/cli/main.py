@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lit_rebasin.cli.merge import run_merge as run
             elif words[0] == "sweep":
                 from lit_rebasin.cli.sweep import run_sweep as run
+            elif words[0] == "report":
+                from lit_rebasin.cli.report_command import run_report as run
             elif words[0] == "fit":
                 from lit_rebasin.cli.fit import run_fit as run
             else:

@@ -109,7 +109,7 @@ def _merged(run: Run, folder: Path, arrivals: Iterator[int]) -> Tensor:
         merge._look_at(step, next(draw()))
         outcome = merge._finish_task(step, draw)
         if outcome is not None:
-            log_merge(trainer, outcome, task)
+            log_merge(trainer, outcome, merge.history)
         evaluate(metric, model, data.val_dataloader()[: run.n_tasks], task, device)
         log_accuracies(trainer.loggers, metric.compute().cpu().reshape(run.n_tasks, run.n_tasks), task)
     return metric.compute().cpu().reshape(run.n_tasks, run.n_tasks)

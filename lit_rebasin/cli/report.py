@@ -1,6 +1,7 @@
 """What a run leaves behind: tables, results and pictures."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,7 +34,7 @@ COLUMNS = {
 def results_table(results: dict[str, Any]) -> Table:
     """Return the table of a benchmark: mean and standard deviation over the seeds."""
     n_seeds = len(results["protocol"]["seeds"])
-    table = Table("method", title=f"{_stream(results)}, {n_seeds} seed{'s' * (n_seeds > 1)}")
+    table = Table("method", title=f"{stream_name(results)}, {n_seeds} seed{'s' * (n_seeds > 1)}")
     for header in COLUMNS.values():
         table.add_column(header, justify="right")
     for row in _rows(results):
@@ -51,7 +52,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     missing = f"Not finished: {', '.join(protocol['missing'])}.\n\n" if protocol["missing"] else ""
     n_threads = protocol["threads"]
     about = (
-        f"{_stream(results)}; mean and standard deviation over seeds {', '.join(map(str, protocol['seeds']))}.\n\n{missing}"
+        f"{stream_name(results)}; mean and standard deviation over seeds {', '.join(map(str, protocol['seeds']))}.\n\n{missing}"
         f"Made by `{protocol['command']}` with {', '.join(f'{name} {number}' for name, number in protocol['versions'].items())}, "
         f"{n_threads} thread{'s' * (n_threads > 1)}."
     )
@@ -60,16 +61,15 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def write_pictures(folder: Path, results: dict[str, Any]) -> None:
     """Write the two pictures, each complete or not at all."""
-    matrices = {
-        name: [
-            torch.tensor([[nan if a is None else a for a in row] for row in matrix])
-            for matrix in found["accuracy_matrix"]
-        ]
-        for name, found in results["methods"].items()
-    }
+    matrices = {name: as_matrices(found["accuracy_matrix"]) for name, found in results["methods"].items()}
     means = {name: torch.stack(found).mean(0) for name, found in matrices.items()}
     write_figure(folder / "accuracy_matrix.png", accuracy_matrices_figure(means))
     write_figure(folder / "accuracy_over_tasks.png", accuracy_over_tasks_figure(matrices))
+
+
+def as_matrices(written: Sequence[Sequence[Sequence[float | None]]]) -> list[Tensor]:
+    """Return accuracy matrices as they were before they were written: NaN for null."""
+    return [torch.tensor([[nan if a is None else a for a in row] for row in matrix]) for matrix in written]
 
 
 def print_accuracy(method: str, matrix: Tensor, n_tasks: int, folder: Path) -> bool:
@@ -116,17 +116,19 @@ def write_figure(path: Path, figure: Figure) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
-def _stream(results: dict[str, Any]) -> str:
+def stream_name(results: Mapping[str, Any]) -> str:
+    """Return what was learned, and how long it is."""
     n_tasks = results["n_tasks"]
     return f"{results['benchmark']}, {n_tasks} task{'s' * (n_tasks > 1)}"
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for method, found in results["methods"].items():
-        cells = [cell(found[key], 1 if key == "seconds" else 100) for key in COLUMNS]
-        rows.append([method, *cells])
-    return rows
+    return [[method, *row_cells(found)] for method, found in results["methods"].items()]
+
+
+def row_cells(found: Mapping[str, Any], columns: Iterable[str] = COLUMNS) -> list[str]:
+    """Return what a method's row of the table says."""
+    return [cell(found[key], 1 if key == "seconds" else 100) for key in columns]
 
 
 def cell(values: list[float | None], scale: float) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -13,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from lit_rebasin.cli.app import ContinualCLI, package_versions
+from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
 from lit_rebasin.cli.build import FILLED, Run
 from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
 
@@ -88,7 +87,7 @@ def make_results(
             "commit": _commit(),
             "threads": torch.get_num_threads(),
             "processors": os.cpu_count(),
-            "command": " ".join(["lit-rebasin", *sys.argv[1:]]),
+            "command": command_line(),
         },
         "methods": {method: _numbers(found) for method, found in outcomes.items()},
     }

@@ -7,6 +7,7 @@ HELP = f"""lit-rebasin {__version__}: continual learning by re-basin
 usage: lit-rebasin fit --config FILE.yaml [--method NAME] [--KEY VALUE ...]
        lit-rebasin benchmark --config FILE.yaml [--methods A,B] [--seeds 0,1,2] [--data_dir DIR] [--output_dir DIR] [--KEY VALUE ...]
        lit-rebasin sweep --config FILE.yaml --vary KEY=V1,V2 [--vary ...] --output_dir DIR [--method NAME] [--KEY VALUE ...]
+       lit-rebasin report RUN_DIR [--output FILE.html]
        lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]
        lit-rebasin align A B --model MODEL (--input SHAPE | --data FILE.npz) [--method NAME] [--output FILE]
        lit-rebasin merge A B [C ...] --output FILE --model MODEL (--input SHAPE | --data FILE.npz) [--method NAME]
@@ -14,6 +15,7 @@ usage: lit-rebasin fit --config FILE.yaml [--method NAME] [--KEY VALUE ...]
 fit        trains one method over the stream, with TensorBoard logs and checkpoints
 benchmark  runs several methods over several seeds; prints a table, writes results.json, results.md and pictures
 sweep      runs one method under many settings, on held-back training data, and lists them by accuracy; goes on where it was stopped
+report     makes one page of HTML of a benchmark or a fit: table, accuracies, every merge, configuration and command
 inspect    prints which neurons, channels and heads of a network may be permuted together, what is fixed and why
 align      permutes the neurons of checkpoint A towards those of checkpoint B; prints the barrier between them before and after
 merge      aligns checkpoints and merges them into one; prints what each of them and the merge loses on data
@@ -128,6 +130,16 @@ Trials that are finished in DIR are not run again. Defaults are in parentheses.
  --validation_fraction F     share of each task's training data that is held back (0.1)
  --processes N               runs at a time (1)
 {KEYS}""",
+    "report": """usage: lit-rebasin report RUN_DIR [--output FILE.html]
+
+Make one page of HTML of a run, with its pictures in it; nothing is loaded from anywhere, so that the file can be sent as it is. It has the
+table of the methods, accuracy over the tasks, the accuracy matrices, the loss along every merge before and after alignment, the neurons
+moved in each permutation group, alpha over the tasks, the configuration, the versions and the command; and it says what is missing.
+
+ RUN_DIR                     the output folder of a benchmark, or of a fit, or any folder with TensorBoard event files that RebasinMerge or
+                             ContinualMonitor has written
+ --output FILE.html          where the page goes (RUN_DIR/report.html); an earlier one is replaced
+""",
     "inspect": """usage: lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]
 
 Find the permutation groups of a network, check them with random permutations, and print their sizes, the axes that each moves, what is

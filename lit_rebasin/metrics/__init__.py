@@ -26,6 +26,7 @@ from lit_rebasin.metrics.geodesic import (
     optimal_transport_score,
 )
 from lit_rebasin.metrics.lanczos import HessianEigenvalues
+from lit_rebasin.metrics.merge_figures import MergePaths, alpha_figure, displacement_figure, paths_figure
 from lit_rebasin.metrics.neurons import (
     NeuronDistance,
     effective_dimension,
@@ -50,6 +51,7 @@ __all__ = [
     "LayerScale",
     "LearningAccuracy",
     "LineShapeScore",
+    "MergePaths",
     "NeuronDistance",
     "OptimalTransportScore",
     "Sharpness",
@@ -57,8 +59,10 @@ __all__ = [
     "accuracy_matrix_figure",
     "accuracy_over_tasks_figure",
     "after_task",
+    "alpha_figure",
     "average_accuracy",
     "backward_transfer",
+    "displacement_figure",
     "effective_dimension",
     "feature_speed_figure",
     "forgetting",
@@ -71,6 +75,7 @@ __all__ = [
     "neuron_distances",
     "optimal_transport_score",
     "path_figure",
+    "paths_figure",
     "plane_figure",
     "recorded",
     "same_space",

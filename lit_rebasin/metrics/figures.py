@@ -1,6 +1,7 @@
 """Accuracy matrices and curves as pictures."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil, isnan
 
 import torch
 from matplotlib.axes import Axes
@@ -21,16 +22,27 @@ def accuracy_matrix_figure(matrix: Tensor) -> Figure:
     return accuracy_matrices_figure({"": matrix})
 
 
-def accuracy_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
-    """Draw the accuracy matrices of several methods side by side, with one colour scale."""
-    n = len(matrices)
-    figure = Figure(figsize=(3.6 * n + 0.8, 4.3), layout="constrained")
-    panels = figure.subplots(1, n, squeeze=False)[0]
-    for axes, (method, matrix) in zip(panels, matrices.items(), strict=True):
+def accuracy_matrices_figure(matrices: Mapping[str, Tensor], columns: int | None = None) -> Figure:
+    """Draw the accuracy matrices of several methods side by side, with one colour scale.
+
+    Args:
+        matrices: By method.
+        columns: The most that stand in a row; all of them by default.
+    """
+    n_columns = min(columns or len(matrices), len(matrices))
+    n_rows = ceil(len(matrices) / n_columns)
+    figure = Figure(figsize=(3.6 * n_columns + 0.8, 3.9 * n_rows + 0.4), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axes, (method, matrix) in zip(grid.flat, matrices.items(), strict=False):
         image = heat_map(axes, matrix)
         axes.set_title(method)
-    panels[0].set_ylabel("task trained")
-    figure.colorbar(image, ax=list(panels), label="accuracy", format=PercentFormatter(1), shrink=0.85)
+    for axes in grid.flat[len(matrices) :]:
+        axes.remove()
+    for row in grid:
+        row[0].set_ylabel("task trained")
+    figure.colorbar(
+        image, ax=list(grid.flat[: len(matrices)]), label="accuracy", format=PercentFormatter(1), shrink=0.85
+    )
     return figure
 
 
@@ -46,7 +58,10 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
         curves = torch.tensor([[average_accuracy(after_task(m, t)) for t in range(len(m))] for m in seeds])
         tasks = range(1, curves.shape[1] + 1)
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        axes.plot(tasks, curves.mean(0).numpy(), color=color, marker=marker, markersize=4, label=method)
+        dashes = "-" if index < len(COLORS) else "--"
+        axes.plot(
+            tasks, curves.mean(0).numpy(), color=color, marker=marker, markersize=4, linestyle=dashes, label=method
+        )
         axes.fill_between(
             tasks, curves.min(0).values.numpy(), curves.max(0).values.numpy(), color=color, alpha=0.18, linewidth=0
         )
@@ -70,6 +85,8 @@ def heat_map(axes: Axes, matrix: Tensor) -> AxesImage:
         for row in range(n):
             for column in range(n):
                 value = float(matrix[row, column])
+                if isnan(value):  # not measured
+                    continue
                 color = "black" if value > 0.6 else "white"
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=color)
     return image

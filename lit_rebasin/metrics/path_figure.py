@@ -1,7 +1,17 @@
 """The loss along the linear path between two models, as a picture."""
 
+from typing import Any
+
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from lit_rebasin.metrics.figures import COLORS
+
+# How the losses before and after alignment are drawn.
+STYLES: dict[str, dict[str, Any]] = {
+    "before": {"label": "as trained", "color": COLORS[1], "marker": "o"},
+    "after": {"label": "aligned", "color": COLORS[0], "marker": "s", "linestyle": "--"},
+}
 
 
 def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float | None, task: int) -> Figure:
@@ -16,8 +26,8 @@ def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float | No
     """
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(alphas.numpy(), before.numpy(), color="#D55E00", marker="o", markersize=3, label="as trained")
-    axes.plot(alphas.numpy(), after.numpy(), color="#0072B2", marker="s", markersize=3, linestyle="--", label="aligned")
+    for name, losses in {"before": before, "after": after}.items():
+        axes.plot(alphas.numpy(), losses.numpy(), markersize=3, **STYLES[name])
     if alpha is not None:
         axes.axvline(alpha, color="0.5", linewidth=1)
         axes.annotate(

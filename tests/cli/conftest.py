@@ -1,8 +1,12 @@
+import shutil
 import sys
 
 import pytest
 
+from lit_rebasin.cli import main
+
 from .networks import CODE
+from .words import CONFIG, METHODS, STREAM
 
 
 @pytest.fixture
@@ -14,3 +18,19 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     yield tmp_path
     sys.modules.pop("aligned_by_test", None)
+
+
+@pytest.fixture(scope="session")
+def benchmarked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["--methods", ",".join(METHODS), "--seeds", "3,4", "--output_dir", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lit-rebasin", "benchmark", "--merge.options", '{"restarts": 1}', "a b"])
+        assert main(["benchmark", "--config", CONFIG, *STREAM, *words]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(benchmarked, tmp_path):
+    """The folder of the benchmark, to be damaged."""
+    return shutil.copytree(benchmarked, tmp_path / "copy", ignore=shutil.ignore_patterns("report.html"))

@@ -12,3 +12,7 @@ SMALL = [
     "--trainer.log_every_n_steps",
     "1",
 ]
+
+# What a report is made of.
+METHODS = ["finetune", "no-merge", "average", "rebasin"]
+STREAM = [*SMALL, "--data.n_tasks", "3", "--merge.start", "fresh"]

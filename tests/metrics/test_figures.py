@@ -2,7 +2,15 @@ import io
 
 import torch
 
-from lit_rebasin.metrics import accuracy_matrices_figure, accuracy_over_tasks_figure, path_figure
+from lit_rebasin.metrics import (
+    MergePaths,
+    accuracy_matrices_figure,
+    accuracy_over_tasks_figure,
+    alpha_figure,
+    displacement_figure,
+    path_figure,
+    paths_figure,
+)
 
 
 def drawn(figure):
@@ -34,3 +42,52 @@ def test_path_shows_both_curves_and_where_it_was_merged():
     assert list(lines[0].get_ydata()) == (alphas**2).tolist()
     assert list(lines[1].get_ydata()) == alphas.tolist()
     assert set(lines[2].get_xdata()) == {0.25}
+
+
+def test_matrices_wrap_into_rows_and_what_was_not_measured_has_no_number():
+    figure = accuracy_matrices_figure({str(n): torch.full((2, 2), 0.5) for n in range(5)}, columns=3)
+    tops = [round(axes.get_subplotspec().rowspan.start) for axes in figure.axes[:5]]
+    assert tops == [0, 0, 0, 1, 1]
+    assert [axes.get_title() for axes in figure.axes[:5]] == list("01234")
+    lower = torch.tensor([[0.5, float("nan")], [0.25, 1.0]])
+    assert [text.get_text() for text in accuracy_matrices_figure({"": lower}).axes[0].texts] == ["50", "25", "100"]
+
+
+def paths(before, after, merged_at=(0.25, 0.25)):
+    return MergePaths(torch.linspace(0, 1, 3), torch.tensor(before), torch.tensor(after), torch.tensor(merged_at))
+
+
+def test_paths_are_means_over_seeds_with_alpha_marked_in_every_panel():
+    before, after = [[1.0, 3.0, 2.0], [1.0, 5.0, 2.0]], [[1.0, 1.5, 2.0], [1.0, 2.5, 2.0]]
+    figure = paths_figure({1: paths(before, after), 2: paths(before, before, (0.25, 0.75))})
+    first, second = figure.axes
+    assert [axes.get_title() for axes in (first, second)] == ["task 1", "task 2"]
+    assert [list(line.get_ydata()) for line in first.lines[1:]] == [[1, 4, 2], [1, 2, 2]]
+    assert [set(line.get_xdata()) for line in second.lines[:2]] == [{0.25}, {0.75}]
+    assert first.get_ylim() == second.get_ylim()
+    assert {text.get_text() for text in figure.legends[0].texts} == {"merged here", "as trained", "aligned"}
+    assert drawn(figure).startswith(b"\x89PNG")
+
+
+def test_paths_without_alignment_are_one_curve():
+    same = [[1.0, float("nan"), 2.0]]
+    figure = paths_figure({3: paths(same, same, (0.5,))})
+    assert {text.get_text() for text in figure.legends[0].texts} == {"merged here", "as trained"}
+
+
+def test_displacement_is_a_heat_map_of_groups_and_tasks():
+    figure = displacement_figure({2: {"b": 1.0}, 1: {"a": 0.25, "b": 0.5}})
+    axes, _ = figure.axes
+    values = axes.images[0].get_array().filled(-1).tolist()
+    assert values == [[0.25, -1], [0.5, 1.0]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+    assert sorted(text.get_text() for text in axes.texts) == ["100", "25", "50"]
+
+
+def test_alpha_is_the_mean_over_the_seeds_that_merged():
+    (line,) = (
+        alpha_figure({"rebasin": {1: torch.tensor([0.2, 0.4]), 2: torch.tensor([0.5, float("nan")])}}).axes[0].lines
+    )
+    torch.testing.assert_close(torch.tensor(line.get_ydata(), dtype=torch.float32), torch.tensor([0.3, 0.5]))
+    assert list(line.get_xdata()) == [1, 2]

@@ -1,0 +1,46 @@
+"""One page of HTML about a run."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.report import write_text
+from lit_rebasin.cli.report_page import report_page
+from lit_rebasin.cli.run_folder import read_folder
+
+
+def run_report(arguments: Sequence[str]) -> None:
+    """Read the folder of a run, and write its page."""
+    options = _options(arguments)
+    run = read_folder(options.run_dir)
+    output = Path(options.output or Path(options.run_dir) / "report.html")
+    _check_output(output)
+    write_text(output, report_page(run))
+    Console(soft_wrap=True, markup=False, highlight=False).print(f"Report: {output}")
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("run_dir", nargs="?")
+    parser.add_argument("--output")
+    try:
+        options, others = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    if others:
+        raise UsageError(f"report takes one folder and --output FILE, and nothing else, but got {others[0]}")
+    if not options.run_dir:
+        raise UsageError("report needs the folder of a run, such as report runs/rotated_digits")
+    return options
+
+
+def _check_output(output: Path) -> None:
+    """Raise a `UsageError` for a file that cannot be written, or is hardly meant; an earlier report is replaced."""
+    if output.suffix not in (".html", ".htm"):
+        raise UsageError(f"--output must be a .html or .htm file, got {output}")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK) or output.is_dir():
+        raise UsageError(f"{output} cannot be written; pass --output FILE.html in a folder that is there")
