@@ -79,7 +79,7 @@ class FeatureLearningMonitor(Monitor):
         """Read the features after the step, and draw what was measured when a task ends."""
         if self._before:
             step = StepLoss(pl_module, trainer.precision_plugin)
-            with step.quiet(), torch.no_grad(), recorded(step.module) as calls:
+            with step.quiet(), torch.no_grad(), recorded(step.module, list(self._before)) as calls:
                 step.loss(self._held)
             numbers = self._numbers({call.name: call.output for call in calls})
             self._before = {}
@@ -125,8 +125,11 @@ class FeatureLearningMonitor(Monitor):
 def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
     gradients: dict[str, Tensor] = {}
     parameters = {name: parameter for name, parameter in step.module.named_parameters() if parameter.requires_grad}
-    with recorded(step.module, gradients) as calls, torch.enable_grad():
+    with recorded(step.module, _layers(step), gradients) as calls, torch.enable_grad():
         loss = step.at({**weights_of(step.module), **parameters}, batch)
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    layers = [call for call in calls if isinstance(call.module, WEIGHTED)]
-    return {call.name: (call.output, gradients.get(call.name, torch.zeros_like(call.output))) for call in layers}
+    return {call.name: (call.output, gradients.get(call.name, torch.zeros_like(call.output))) for call in calls}
+
+
+def _layers(step: StepLoss) -> list[str]:
+    return [name for name, module in step.module.named_modules() if isinstance(module, WEIGHTED)]

@@ -10,9 +10,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
-from lit_rebasin.callbacks.monitor import Monitor
+from lit_rebasin.callbacks.monitor import Monitor, first_examples
 from lit_rebasin.callbacks.step_loss import StepLoss
-from lit_rebasin.metrics import LineShapeScore, OptimalTransportScore, recorded, same_space, tracks_figure, tracks_of
+from lit_rebasin.metrics import (
+    LineShapeScore,
+    OptimalTransportScore,
+    recorded,
+    same_space,
+    track_layers,
+    tracks_figure,
+    tracks_of,
+)
 
 
 class GeodesicMonitor(Monitor):
@@ -42,8 +50,13 @@ class GeodesicMonitor(Monitor):
 
     @override
     def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
-        with torch.no_grad(), recorded(step.module) as calls:
-            step.loss(batch)
+        with torch.no_grad():
+            # All layers are looked at with two examples, for those that a track goes through are few of them.
+            with recorded(step.module) as calls:
+                step.loss(first_examples(batch, 2))
+            tracks_of(calls, self.layers)
+            with recorded(step.module, self.layers or track_layers(calls)) as calls:
+                step.loss(batch)
         self._tracks = {name: same_space(track) for name, track in tracks_of(calls, self.layers).items()}
         numbers: dict[str, float] = {}
         for name, track in self._tracks.items():

@@ -65,7 +65,7 @@ class Monitor(Callback):
         loaders = len(trainer.num_val_batches) or len(trainer.num_sanity_val_batches)
         wanted = min(self._task_of(trainer), max(loaders, 1) - 1)
         if batch_idx == 0 and dataloader_idx == wanted and self._usable is not False:
-            self._held, self._from_validation = _first(batch, self.examples), True
+            self._held, self._from_validation = first_examples(batch, self.examples), True
 
     @override
     def on_train_batch_start(
@@ -78,7 +78,7 @@ class Monitor(Callback):
         self.task = task
         step = StepLoss(pl_module, trainer.precision_plugin)
         if self._held is None or (self._from_validation and not self._is_usable(step)):
-            self._held, self._from_validation = _first(batch, self.examples), False
+            self._held, self._from_validation = first_examples(batch, self.examples), False
 
     @override
     def on_train_batch_end(
@@ -160,7 +160,7 @@ def _step(trainer: "pl.Trainer") -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def _first(batch: Any, count: int) -> Any:
+def first_examples(batch: Any, count: int) -> Any:
     """Return copies of the first examples of a batch, whatever its structure."""
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     size = len(tensors[0]) if tensors else 0

@@ -38,7 +38,7 @@ from lit_rebasin.metrics.path_figure import path_figure
 from lit_rebasin.metrics.plane_figure import plane_figure
 from lit_rebasin.metrics.scales import LayerScale, suggest_scales
 from lit_rebasin.metrics.track_figure import tracks_figure
-from lit_rebasin.metrics.tracks import recorded, same_space, tracks_of
+from lit_rebasin.metrics.tracks import recorded, same_space, track_layers, tracks_of
 
 __all__ = [
     "BackwardTransfer",
@@ -80,6 +80,7 @@ __all__ = [
     "recorded",
     "same_space",
     "suggest_scales",
+    "track_layers",
     "tracks_figure",
     "tracks_of",
     "width_bound",

@@ -1,6 +1,6 @@
 """The ways of samples through the layers of a network."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ _POINTS = 3
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """The first call of a module: what went in and what came out, one sample a row; and whether that had been given out before."""
 
@@ -30,20 +30,22 @@ class Call:
 
 
 @contextmanager
-def recorded(root: nn.Module, gradients: dict[str, Tensor] | None = None) -> Iterator[list[Call]]:
+def recorded(
+    root: nn.Module, wanted: Collection[str] | None = None, gradients: dict[str, Tensor] | None = None
+) -> Iterator[list[Call]]:
     """Collect the first call of every module that gives out one tensor with samples in dimension 0, in the order of their ends.
 
     Parts that are frozen, such as the copy of a network that another is distilled from, are left out.
 
     Args:
         root: Its parts are listened to.
+        wanted: Names of the modules to listen to. Default: all.
         gradients: Filled with the gradients of the outputs by the name of the module, by any backward pass through what was recorded.
     """
     calls: list[Call] = []
     met: set[nn.Module] = set()
-    outputs: list[
-        tuple[Tensor, int]
-    ] = []  # with how often they had been written to, for a later layer may work in place
+    # With how often they had been written to, for a later layer may work in place.
+    outputs: list[tuple[Tensor, int]] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -59,7 +61,8 @@ def recorded(root: nn.Module, gradients: dict[str, Tensor] | None = None) -> Ite
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in _trained(root)]
+    parts = [(name, module) for name, module in _trained(root) if wanted is None or name in wanted]
+    handles = [module.register_forward_hook(note(name)) for name, module in parts]
     try:
         yield calls
     finally:
@@ -86,15 +89,16 @@ def tracks_of(calls: Sequence[Call], layers: Sequence[str] | None = None) -> dic
     """
     if layers is not None:
         return {layers[0]: _through(calls, layers)}
-    calls = [call for call in calls if not call.passes_on]
-    blocks = [call for call in calls if any(True for _ in call.module.children())]
-    weighted = [call for call in calls if isinstance(call.module, WEIGHTED)]
-    others = [call for call in calls if call not in blocks and call not in weighted]
-    found = _of_one_class(blocks, _from_input) or _of_one_class(others, _outputs) or _of_one_class(weighted, _outputs)
-    found = found or _long([_from_any_input(weighted)])
-    if not found:
-        raise ValueError("The network has no three layers that a track could go through: name some in layers=.")
-    return {name: [_flat(point) for point in points] for name, points in found}
+    return {series.calls[0].name: series.points() for series in _chosen(calls)}
+
+
+def track_layers(calls: Sequence[Call]) -> list[str]:
+    """Return the names of all modules that tracks go through by default.
+
+    Raises:
+        ValueError: If there are not three points.
+    """
+    return [call.name for series in _chosen(calls) for call in series.calls]
 
 
 def same_space(track: Sequence[Tensor]) -> list[Tensor]:
@@ -145,44 +149,55 @@ def _through(calls: Sequence[Call], layers: Sequence[str]) -> list[Tensor]:
     return [_flat(known[name]) for name in layers]
 
 
-Points = tuple[str, list[Tensor]]
+@dataclass(frozen=True)
+class _Series:
+    """The calls that a track goes through, and whether it begins with what goes into the first."""
+
+    calls: list[Call]
+    from_input: bool
+
+    def __len__(self) -> int:
+        return len(self.calls) + self.from_input
+
+    def points(self) -> list[Tensor]:
+        given = self.calls[0].input
+        before = [given] if self.from_input and given is not None else []
+        return [_flat(point) for point in (*before, *(call.output for call in self.calls))]
 
 
-def _of_one_class(calls: Sequence[Call], points_of: Callable[[Sequence[Call]], Points]) -> list[Points]:
+def _chosen(calls: Sequence[Call]) -> list[_Series]:
+    calls = [call for call in calls if not call.passes_on]
+    blocks = [call for call in calls if any(True for _ in call.module.children())]
+    weighted = [call for call in calls if isinstance(call.module, WEIGHTED)]
+    others = [call for call in calls if call not in blocks and call not in weighted]
+    found = _of_one_class(blocks, from_input=True) or _of_one_class(others) or _of_one_class(weighted)
+    if not found and weighted:
+        found = [series for series in [_Series(weighted, _takes_samples(weighted[0]))] if len(series) >= _POINTS]
+    if not found:
+        raise ValueError("The network has no three layers that a track could go through: name some in layers=.")
+    return found
+
+
+def _of_one_class(calls: Sequence[Call], *, from_input: bool = False) -> list[_Series]:
     """Return the tracks through the class of modules that has the most points, one for each size; of two such classes the later one."""
-    best: list[Points] = []
+    best: list[_Series] = []
     for kind in {type(call.module): None for call in calls}:
         sizes: dict[int, list[Call]] = {}
         for call in calls:
             if type(call.module) is kind:
                 sizes.setdefault(call.size, []).append(call)
-        found = _long([points_of(series) for series in sizes.values()])
-        if found and sum(len(points) for _, points in found) >= sum(len(points) for _, points in best):
+        found = [_Series(series, from_input and _takes_samples(series[0], size=size)) for size, series in sizes.items()]
+        found = [series for series in found if len(series) >= _POINTS]
+        if found and sum(map(len, found)) >= sum(map(len, best)):
             best = found
     return best
 
 
-def _long(tracks: Iterable[Points]) -> list[Points]:
-    return [(name, points) for name, points in tracks if len(points) >= _POINTS]
-
-
-def _outputs(series: Sequence[Call]) -> Points:
-    return series[0].name if series else "", [call.output for call in series]
-
-
-def _from_input(series: Sequence[Call]) -> Points:
-    """Return the outputs, and before them what goes into the first module if it is of their size."""
-    name, points = _from_any_input(series)
-    return (
-        (name, points[1:]) if len(points) > len(series) and points[0][0].numel() != series[0].size else (name, points)
-    )
-
-
-def _from_any_input(series: Sequence[Call]) -> Points:
-    """Return the outputs, and before them what goes into the first module."""
-    name, points = _outputs(series)
-    given = series[0].input if series else None
-    return name, [given, *points] if given is not None and len(given) == len(points[0]) else points
+def _takes_samples(call: Call, size: int | None = None) -> bool:
+    """Return whether what goes into a module is of the same samples, and of a size if one is asked for."""
+    if call.input is None or len(call.input) != len(call.output):
+        return False
+    return size is None or call.input[0].numel() == size
 
 
 def _flat(points: Tensor) -> Tensor:
