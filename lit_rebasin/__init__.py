@@ -13,6 +13,7 @@ _HOMES = {
     "Alignment": "alignment",
     "Axis": "symmetry",
     "BackwardTransfer": "metrics",
+    "Barrier": "metrics",
     "BarycenterResult": "transport",
     "ConnectivityMonitor": "callbacks",
     "ContinualAccuracy": "metrics",
@@ -88,6 +89,7 @@ __all__ = [
     "Alignment",
     "Axis",
     "BackwardTransfer",
+    "Barrier",
     "BarycenterResult",
     "ConnectivityMonitor",
     "ContinualAccuracy",
@@ -221,6 +223,7 @@ if TYPE_CHECKING:
     )
     from lit_rebasin.metrics import (
         BackwardTransfer,
+        Barrier,
         ContinualAccuracy,
         FeatureSpeed,
         Forgetting,

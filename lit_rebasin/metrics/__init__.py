@@ -1,5 +1,6 @@
 """What is measured of a continual learner, and how it is drawn."""
 
+from lit_rebasin.metrics.connectivity import Barrier
 from lit_rebasin.metrics.continual import (
     after_task,
     average_accuracy,
@@ -42,6 +43,7 @@ from lit_rebasin.metrics.tracks import recorded, same_space, track_layers, track
 
 __all__ = [
     "BackwardTransfer",
+    "Barrier",
     "ContinualAccuracy",
     "FeatureSpeed",
     "Forgetting",
