@@ -16,8 +16,8 @@ from lit_rebasin.merging.path import grid
 class Barrier(Metric):
     """The loss barrier on a linear path (Frankle et al., ICML 2020), signed: :attr:`PathLosses.barrier` of the mean losses.
 
-    ``update`` takes the mean losses of a batch at evenly spaced points of the path, ``(points,)`` from alpha 0, the new network, to alpha 1, the
-    previous one, and how many examples the batch has. The barrier is that of the mean over all examples, and not the mean of barriers.
+    ``update`` takes the mean losses of a batch at evenly spaced points of the path, ``(points,)`` from alpha 0, the new network, to alpha 1,
+    the previous one, and how many examples the batch has. The barrier is that of the mean over all examples, and not the mean of barriers.
 
     Args:
         points: How many points, ends included.
