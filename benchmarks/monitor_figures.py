@@ -1,4 +1,6 @@
-"""The figures of the pages on monitors: one run on rotated digits in which every task begins with fresh weights. Takes a minute:
+"""The figures of the pages on monitors.
+
+From a run on rotated digits in which every task begins with fresh weights, and from two networks that learn the first task. Takes a minute:
 
 python benchmarks/monitor_figures.py
 """
@@ -26,14 +28,15 @@ from lit_rebasin import (
 TASKS, EPOCHS = 5, 10
 
 
-def run(folder):
-    """Train with all monitors, and return them by name."""
-    pl.seed_everything(0, verbose=False)
-    data = ContinualDataModule("rotated-digits", n_tasks=TASKS, epochs_per_task=EPOCHS, replay_per_class=5)
-    network = SimpleMLP(num_classes=10, input_size=64, hidden_size=128, hidden_layers=4, drop_rate=0)
-    monitors = [GeodesicMonitor(), ConnectivityMonitor(), SharpnessMonitor(), FeatureLearningMonitor()]
+def run(folder, monitors, tasks, seed):
+    """Train with some monitors, and return the module."""
+    pl.seed_everything(seed, verbose=False)
+    data = ContinualDataModule("rotated-digits", n_tasks=tasks, epochs_per_task=EPOCHS, replay_per_class=5)
+    module = ContinualClassifier(
+        SimpleMLP(num_classes=10, input_size=64, hidden_size=128, hidden_layers=4, drop_rate=0)
+    )
     trainer = pl.Trainer(
-        max_epochs=TASKS * EPOCHS,
+        max_epochs=tasks * EPOCHS,
         reload_dataloaders_every_n_epochs=1,
         check_val_every_n_epoch=EPOCHS,
         accelerator="cpu",
@@ -43,8 +46,8 @@ def run(folder):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(ContinualClassifier(network), datamodule=data)
-    return {type(monitor).__name__: monitor for monitor in monitors}
+    trainer.fit(module, datamodule=data)
+    return module
 
 
 def sharpness_figure(history):
@@ -67,13 +70,15 @@ def main():
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    monitors = run(options.logs)
-    figures = {tag: draw() for monitor in monitors.values() for tag, draw in monitor._figures().items()}
-    figures["sharpness"] = sharpness_figure(monitors["SharpnessMonitor"].history)
+    monitors = [GeodesicMonitor(), SharpnessMonitor(), FeatureLearningMonitor()]
+    run(options.logs, monitors, TASKS, seed=0)
+    twin = ConnectivityMonitor(reference=run(options.logs, [], 1, seed=1))
+    run(options.logs, [twin], 1, seed=2)
+    figures = {tag: draw() for monitor in (*monitors, twin) for tag, draw in monitor._figures().items()}
+    figures["sharpness"] = sharpness_figure(monitors[1].history)
     for tag, figure in figures.items():
         figure.savefig(options.output / f"{tag.replace('/', '_')}.png", dpi=110)
-    last = monitors["ConnectivityMonitor"].history[-1]
-    print({key: round(value, 3) for key, value in last.items()})
+    print({key: round(value, 3) for key, value in twin.history[-1].items()})
 
 
 if __name__ == "__main__":

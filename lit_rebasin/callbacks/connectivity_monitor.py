@@ -125,8 +125,9 @@ class ConnectivityMonitor(Monitor):
             path_figure, before.alphas, before.losses, after.losses, None, self.task
         )
         if alignment.moved and trainer.loggers:
+            name_of_other = "previous" if self.reference is None else "reference"
             plane = loss_plane(reference, weights, aligned, lambda one: step.mean(one, [batch])[0], points=_PLANE)
-            self._drawn["connectivity/plane"] = partial(plane_figure, plane, ("previous", "new", "aligned"))
+            self._drawn["connectivity/plane"] = partial(plane_figure, plane, (name_of_other, "new", "aligned"))
         return numbers
 
     @override

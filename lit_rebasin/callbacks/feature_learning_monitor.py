@@ -47,6 +47,7 @@ class FeatureLearningMonitor(Monitor):
     def __init__(self, every_n_epochs: int = 1, examples: int = 128) -> None:
         super().__init__(every_n_epochs, examples)
         self._before: dict[str, tuple[Tensor, Tensor]] = {}  # features and gradients by layer
+        self._probe: Any = None  # the examples that they are of
         self._done = (-1, -1)  # the task and epoch that were measured last
         self._warned: set[str] = set()
 
@@ -68,7 +69,8 @@ class FeatureLearningMonitor(Monitor):
         step = StepLoss(pl_module, trainer.precision_plugin)
         try:
             with step.quiet():
-                self._before = _features_and_gradients(step, self._held)
+                self._probe = self._examples(trainer, step)
+                self._before = _features_and_gradients(step, self._probe)
         except NoLossError:  # the training skips such a batch, too
             self._before = {}
 
@@ -80,9 +82,9 @@ class FeatureLearningMonitor(Monitor):
         if self._before:
             step = StepLoss(pl_module, trainer.precision_plugin)
             with step.quiet(), torch.no_grad(), recorded(step.module, list(self._before)) as calls:
-                step.loss(self._held)
+                step.loss(self._probe)
             numbers = self._numbers({call.name: call.output for call in calls})
-            self._before = {}
+            self._before, self._probe = {}, None
             self._log(trainer, numbers)
         self._draw(trainer)
 

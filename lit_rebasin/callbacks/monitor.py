@@ -21,9 +21,9 @@ from lit_rebasin.continual.task_end import epochs_per_task, task_ends
 class Monitor(Callback):
     """Measures something on examples kept aside, and leaves the training as it is.
 
-    The examples are the first of the validation of the task in hand, if ``training_step`` takes them too, else of the first training batch of
-    the task. The network runs with dropout off and BatchNorm on the statistics of the batch; of the LightningModule only ``training_step`` is
-    asked.
+    The examples are the first of the validation of the task in hand, if there was one before (Lightning's sanity check is one) and
+    ``training_step`` takes them too, else of the first training batch of the task. The network runs with dropout off and BatchNorm on the
+    statistics of the batch; of the LightningModule only ``training_step`` is asked.
 
     Args:
         every_n_epochs: How many epochs lie between two measurements; a task ends with one in any case, and with ``None`` there are no others.
@@ -41,8 +41,8 @@ class Monitor(Callback):
         self.every_n_epochs, self.examples = every_n_epochs, examples
         self.history: list[dict[str, Any]] = []
         self.task = 0
-        self._held: Any = None
-        self._from_validation = False
+        self._training: Any = None  # examples of the task in hand
+        self._validation: dict[int, Any] = {}  # by loader, on the CPU
         self._usable: bool | None = (
             None  # whether training_step can work with what the validation has, once that is known
         )
@@ -50,7 +50,7 @@ class Monitor(Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Forget the examples of an earlier fit, which may be of another task."""
-        self._held, self._from_validation = None, False
+        self._training, self._validation = None, {}
 
     @override
     def on_validation_batch_start(
@@ -61,24 +61,20 @@ class Monitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first examples of the task in hand; nothing is drawn for it."""
-        loaders = len(trainer.num_val_batches) or len(trainer.num_sanity_val_batches)
-        wanted = min(self._task_of(trainer), max(loaders, 1) - 1)
-        if batch_idx == 0 and dataloader_idx == wanted and self._usable is not False:
-            self._held, self._from_validation = first_examples(batch, self.examples), True
+        """Keep the first examples of every loader; nothing is drawn for it."""
+        if batch_idx == 0 and self._usable is not False:
+            held = first_examples(batch, self.examples)
+            self._validation[dataloader_idx] = pytree.tree_map_only(Tensor, Tensor.cpu, held)
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Note which task is trained, and keep its first examples where no validation gives some."""
+        """Note which task is trained, and keep its first examples."""
         task = self._task_of(trainer)
-        if task != self.task and not self._from_validation:
-            self._held = None
+        if task != self.task or self._training is None:
+            self._training = first_examples(batch, self.examples)
         self.task = task
-        step = StepLoss(pl_module, trainer.precision_plugin)
-        if self._held is None or (self._from_validation and not self._is_usable(step)):
-            self._held, self._from_validation = first_examples(batch, self.examples), False
 
     @override
     def on_train_batch_end(
@@ -90,7 +86,7 @@ class Monitor(Callback):
         step = StepLoss(pl_module, trainer.precision_plugin)
         try:
             with step.quiet():
-                numbers = self._measure(trainer, step, self._held)
+                numbers = self._measure(trainer, step, self._examples(trainer, step))
         except NoLossError:  # the training skips such a batch, too
             return
         self._log(trainer, numbers)
@@ -140,19 +136,28 @@ class Monitor(Callback):
         every = epochs_per_task(trainer)
         return trainer.current_epoch // every if every else self.task
 
-    def _is_usable(self, step: StepLoss) -> bool:
-        """Return whether ``training_step`` can work with examples of the validation, which may be of another form."""
+    def _examples(self, trainer: "pl.Trainer", step: StepLoss) -> Any:
+        """Return the examples that are kept aside for the task in hand; called inside :meth:`StepLoss.quiet`."""
+        if self._usable is False or not self._validation:
+            return self._training
+        loader = max((index for index in self._validation if index <= self.task), default=min(self._validation))
+        strategy, device = trainer.strategy, trainer.lightning_module.device
+        held = strategy.batch_to_device(self._validation[loader], device, dataloader_idx=0)
         if self._usable is None:
-            try:
-                with step.quiet(), torch.no_grad(), suppress(NoLossError):
-                    step.loss(self._held)
-                self._usable = True
-            except Exception as error:
-                self._usable = False
-                rank_zero_warn(
-                    f"{type(self).__name__} measures on training examples, for training_step cannot work with those of the validation: {error}"
-                )
-        return self._usable
+            self._usable = self._takes(step, held)
+        return held if self._usable else self._training
+
+    def _takes(self, step: StepLoss, held: Any) -> bool:
+        """Return whether ``training_step`` can work with examples of the validation, which may be of another form."""
+        try:
+            with torch.no_grad(), suppress(NoLossError):
+                step.loss(held)
+        except Exception as error:
+            rank_zero_warn(
+                f"{type(self).__name__} measures on training examples, for training_step cannot work with those of the validation: {error}"
+            )
+            return False
+        return True
 
 
 def _step(trainer: "pl.Trainer") -> int:

@@ -177,18 +177,29 @@ def test_examples_are_those_of_the_validation(tmp_path):
         assert torch.equal(batch[1], y[:7])
 
 
-def test_examples_are_those_of_the_task_where_every_task_has_a_loader(tmp_path):
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_examples_are_those_of_the_task_where_every_task_has_a_loader(tmp_path, sanity):
     class Tasks(Walk):
+        def train_dataloader(self):
+            return loader(shift=self.trainer.current_epoch // 2, shuffle=False)
+
         def val_dataloader(self):
-            return [loader(shift=shift, shuffle=False) for shift in range(2)]
+            return [loader(shift=10 + shift, shuffle=False) for shift in range(3)]
 
     monitor = Seen()
-    make_trainer(tmp_path, monitor, max_epochs=6, reload_dataloaders_every_n_epochs=1, check_val_every_n_epoch=1).fit(
-        UserModule(), datamodule=Tasks()
-    )
-    wanted = [next(iter(loader(shift=shift, shuffle=False)))[0][:7] for shift in range(2)]
-    assert torch.equal(monitor.seen[1][0], wanted[0])
-    assert torch.equal(monitor.seen[3][0], wanted[1])
+    make_trainer(
+        tmp_path,
+        monitor,
+        max_epochs=6,
+        reload_dataloaders_every_n_epochs=1,
+        check_val_every_n_epoch=2,
+        num_sanity_val_steps=sanity,
+    ).fit(UserModule(), datamodule=Tasks())
+    shifts = (
+        [10, 10, 11, 11, 12, 12] if sanity else [0, 0, 11, 11, 12, 12]
+    )  # before there was any validation, the training's
+    for shift, batch in zip(shifts, monitor.seen, strict=True):
+        assert torch.equal(batch[0], next(iter(loader(shift=shift, shuffle=False)))[0][:7])
 
 
 def test_without_a_validation_they_are_the_first_of_the_training(tmp_path):
