@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lit_rebasin.callbacks.monitor import Monitor
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
+from lit_rebasin.continual.task_end import task_ends
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.metrics import FeatureSpeed, feature_speed_figure, recorded
 from lit_rebasin.metrics.tracks import WEIGHTED
@@ -86,7 +87,12 @@ class FeatureLearningMonitor(Monitor):
             numbers = self._numbers({call.name: call.output for call in calls})
             self._before, self._probe = {}, None
             self._log(trainer, numbers)
-        self._draw(trainer)
+        if task_ends(trainer):
+            self._end_task(trainer, pl_module)
+
+    @override
+    def _take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Measure nothing at the end of an epoch: what is measured is the first step of one."""
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], Figure]]:

@@ -41,6 +41,8 @@ class Monitor(Callback):
         self.every_n_epochs, self.examples = every_n_epochs, examples
         self.history: list[dict[str, Any]] = []
         self.task = 0
+        self._epoch = 0  # of the last batch; at the end of a fit the Trainer counts one more
+        self._unfinished = False  # whether the task in hand has not been measured at its end
         self._training: Any = None  # examples of the task in hand
         self._validation: dict[int, Any] = {}  # by loader, on the CPU
         self._usable: bool | None = (
@@ -74,29 +76,27 @@ class Monitor(Callback):
         task = self._task_of(trainer)
         if task != self.task or self._training is None:
             self._training = first_examples(batch, self.examples)
-        self.task = task
+        self.task, self._epoch, self._unfinished = task, trainer.current_epoch, True
 
     @override
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure at the end of an epoch that it is due in, and of every task."""
-        if not self._is_due(trainer):
-            return
-        step = StepLoss(pl_module, trainer.precision_plugin)
-        try:
-            with step.quiet():
-                numbers = self._measure(trainer, step, self._examples(trainer, step))
-        except NoLossError:  # the training skips such a batch, too
-            return
-        self._log(trainer, numbers)
-        self._draw(trainer)
+        every = self.every_n_epochs
+        if task_ends(trainer):
+            self._end_task(trainer, pl_module)
+        elif every and trainer.is_last_batch and (trainer.current_epoch + 1) % every == 0:
+            self._take(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Count the task, where a fit is one."""
-        if not epochs_per_task(trainer):
-            self.task += 1
+        """Measure a task whose end was not foreseen, and count it; in a stream it is cut short, and a resumed fit goes on with it."""
+        if epochs_per_task(trainer):
+            return
+        if self._unfinished:
+            self._end_task(trainer, pl_module)
+        self.task += 1
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -116,21 +116,28 @@ class Monitor(Callback):
         """Return by tag what draws a picture; called at the end of a task."""
         return {}
 
-    def _is_due(self, trainer: "pl.Trainer") -> bool:
-        every = self.every_n_epochs
-        return task_ends(trainer) or bool(every and trainer.is_last_batch and (trainer.current_epoch + 1) % every == 0)
+    def _take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Measure, and log what comes of it."""
+        step = StepLoss(pl_module, trainer.precision_plugin)
+        try:
+            with step.quiet():
+                numbers = self._measure(trainer, step, self._examples(trainer, step))
+        except NoLossError:  # the training skips such a batch, too
+            return
+        self._log(trainer, numbers)
+
+    def _end_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Measure, and give pictures to the loggers that take some."""
+        self._unfinished = False
+        self._take(trainer, pl_module)
+        for tag, draw in self._figures().items():
+            log_figure(trainer.loggers, tag, draw, _step(trainer))
 
     def _log(self, trainer: "pl.Trainer", numbers: dict[str, float]) -> None:
         """Keep the numbers, and give them to all loggers."""
-        self.history.append({"task": self.task, "epoch": trainer.current_epoch, **numbers})
+        self.history.append({"task": self.task, "epoch": self._epoch, **numbers})
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=_step(trainer))
-
-    def _draw(self, trainer: "pl.Trainer") -> None:
-        """Give pictures to the loggers that take some, if a task ends."""
-        if task_ends(trainer):
-            for tag, draw in self._figures().items():
-                log_figure(trainer.loggers, tag, draw, _step(trainer))
 
     def _task_of(self, trainer: "pl.Trainer") -> int:
         every = epochs_per_task(trainer)

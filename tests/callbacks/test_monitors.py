@@ -141,6 +141,24 @@ def test_connectivity_is_measured_where_a_task_ends(tmp_path):
     assert "connectivity/barrier" in monitor.history[1]
 
 
+@pytest.mark.parametrize("kind", MONITORS)
+def test_a_task_that_stops_early_is_measured_at_its_end(tmp_path, kind):
+    class Stops(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    logger = TensorBoardLogger(tmp_path)
+    monitor = kind(every_n_epochs=7)
+    make_trainer(tmp_path, monitor, Stops(), max_epochs=20, logger=logger).fit(Plain(), whole())
+    assert [(entry["task"], entry["epoch"]) for entry in monitor.history] == [
+        (0, 0 if kind is FeatureLearningMonitor else 1)
+    ]
+    assert monitor.task == 1
+    logger.finalize("success")
+    if kind in (GeodesicMonitor, FeatureLearningMonitor):
+        assert EventAccumulator(logger.log_dir).Reload().Tags()["images"]
+
+
 def test_state_goes_on():
     monitor = GeodesicMonitor()
     monitor.history, monitor.task = [{"task": 0, "epoch": 0, "x": 1.0}], 1
