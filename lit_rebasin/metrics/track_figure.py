@@ -18,7 +18,7 @@ def tracks_figure(tracks: Mapping[str, Sequence[Tensor]]) -> Figure:
     Args:
         tracks: By the name of the first layer, points ``(B, width)`` of one width.
     """
-    columns = min(3, len(tracks))
+    columns = 2 if len(tracks) == 4 else min(3, len(tracks))
     rows = -(-len(tracks) // columns)
     figure = Figure(figsize=(3.9 * columns + 0.6, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
