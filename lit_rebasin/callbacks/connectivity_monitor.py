@@ -8,14 +8,14 @@ import lightning.pytorch as pl
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lit_rebasin.alignment import check_same_architecture, weight_matching
 from lit_rebasin.callbacks.monitor import Monitor
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.callbacks.step_spec import step_spec
-from lit_rebasin.merging import LinearPath, PathLosses, loss_plane
+from lit_rebasin.merging import LinearPath, PathLosses, is_plane, loss_plane
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.metrics import (
     effective_dimension,
@@ -29,6 +29,8 @@ from lit_rebasin.symmetry import permute
 
 # What the width bound allows the outputs on a path to be off by.
 _ERROR = 0.05
+# Layers that the theory covers: linear ones, and functions with slope at most 1 that are 0 at 0.
+_COVERED = (nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Identity, nn.Flatten, nn.Dropout)
 _PLANE = 11  # points of the plane along either axis
 
 
@@ -37,7 +39,8 @@ class ConnectivityMonitor(Monitor):
 
     The other network is the one that the task began with, or one that is given, such as a twin of another run. Put this callback before
     ``RebasinMerge`` to see the network as it was trained and not the merge. The network is aligned by weight matching. Tags begin with
-    ``connectivity/``; see ``docs/connectivity.md``. The first task is compared with nothing but a network that is given.
+    ``connectivity/``; see ``docs/connectivity.md``. The first task is compared with nothing but a network that is given. Behind
+    ``RebasinMerge(start="fresh")`` the network that a task begins with is the fresh one.
 
     Args:
         reference: The other network: a module of the same architecture, or its parameters and buffers by name, as the LightningModule has them.
@@ -99,9 +102,8 @@ class ConnectivityMonitor(Monitor):
         if reference is None:
             return numbers
         reference = {name: reference[name].to(tensor.device) for name, tensor in weights.items()}
-        parameters = [name for name, _ in step.module.named_parameters()]
         spec = step_spec(step, batch)
-        ours, theirs = ({name: one[name] for name in parameters} for one in (weights, reference))
+        ours, theirs = (_parameters(step.module, one) for one in (weights, reference))
         alignment = weight_matching(ours, theirs, spec)
         aligned = permute(weights, spec, alignment.permutations)
         before, accuracies = _along(step, LinearPath(reference, weights), batch)
@@ -124,11 +126,32 @@ class ConnectivityMonitor(Monitor):
         self._drawn["connectivity/path"] = partial(
             path_figure, before.alphas, before.losses, after.losses, None, self.task
         )
-        if alignment.moved and trainer.loggers:
+        third = _parameters(step.module, aligned)
+        if trainer.loggers and is_plane(theirs, ours, third):
             name_of_other = "previous" if self.reference is None else "reference"
-            plane = loss_plane(reference, weights, aligned, lambda one: step.mean(one, [batch])[0], points=_PLANE)
+            # What is no parameter, such as running variances, has no place in a distance of the weights.
+            plane = loss_plane(
+                theirs, ours, third, lambda one: step.mean({**weights, **one}, [batch])[0], points=_PLANE
+            )
             self._drawn["connectivity/plane"] = partial(plane_figure, plane, (name_of_other, "new", "aligned"))
         return numbers
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tell monitors with a reference and without one apart, of which a Trainer may have both."""
+        return self._generate_state_key(reference=self.reference is not None, every_n_epochs=self.every_n_epochs)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured so far, and the network that the task began with."""
+        return {**super().state_dict(), "begun": self._begun, "at_start": self._at_start}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        super().load_state_dict(state_dict)
+        self._begun, self._at_start = state_dict["begun"], state_dict["at_start"]
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], Figure]]:
@@ -149,15 +172,24 @@ def _along(step: StepLoss, path: LinearPath, batch: Any) -> tuple[PathLosses, di
     return losses, {name: torch.tensor([numbers[name] for numbers in logged]) for name in names}
 
 
+def _parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weights[name] for name, _ in module.named_parameters()}
+
+
 def _dimensions(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the effective dimension of every layer's neurons, and the width that the theory bounds where it speaks of such networks."""
-    neurons = {name: points for name, points in layer_neurons(module, weights).items() if len(points) > 1}
-    found = {
-        f"connectivity/effective_dimension/{name}": effective_dimension(points) for name, points in neurons.items()
+    dimensions = {
+        name: effective_dimension(points) for name, points in layer_neurons(module, weights).items() if len(points) > 1
     }
-    parts = list(module.modules())
-    is_plain = not any(isinstance(part, (nn.modules.conv._ConvNd, _BatchNorm, nn.LayerNorm)) for part in parts)
-    if is_plain:
-        bounds = {name: width_bound(effective_dimension(points), _ERROR) for name, points in neurons.items()}
-        found |= {f"connectivity/log10_width_bound/{name}": bound for name, bound in bounds.items()}
+    found = {f"connectivity/effective_dimension/{name}": dimension for name, dimension in dimensions.items()}
+    if all(isinstance(part, _COVERED) for part in module.modules() if _is_layer(part)):
+        hidden = list(dimensions.items())[:-1]
+        found |= {
+            f"connectivity/log10_width_bound/{name}": width_bound(dimension, _ERROR) for name, dimension in hidden
+        }
     return found
+
+
+def _is_layer(part: nn.Module) -> bool:
+    """Return whether a module computes something by itself."""
+    return not isinstance(part, Metric) and not any(True for _ in part.children())

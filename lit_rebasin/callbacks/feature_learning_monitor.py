@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,14 +13,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lit_rebasin.callbacks.monitor import Monitor
-from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
+from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.continual.task_end import task_ends
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.metrics import FeatureSpeed, feature_speed_figure, recorded
 from lit_rebasin.metrics.tracks import WEIGHTED
 
-# A layer whose features change by less than this share of what those of the median layer do stands still.
-_STILL = 1e-3
+# A layer whose features change by less than this share of what those of the fastest layer do stands still.
+_STILL = 1e-4
 _NUMBERS = ("speed", "cosine", "forward", "backward")
 
 
@@ -68,12 +67,10 @@ class FeatureLearningMonitor(Monitor):
             return
         self._done = now
         step = StepLoss(pl_module, trainer.precision_plugin)
-        try:
-            with step.quiet():
-                self._probe = self._examples(trainer, step)
-                self._before = _features_and_gradients(step, self._probe)
-        except NoLossError:  # the training skips such a batch, too
-            self._before = {}
+        self._before = {}
+        with self._forgiving(), step.quiet():
+            self._probe = self._examples(trainer, step)
+            self._before = _features_and_gradients(step, self._probe)
 
     @override
     def on_train_batch_end(
@@ -82,11 +79,11 @@ class FeatureLearningMonitor(Monitor):
         """Read the features after the step, and draw what was measured when a task ends."""
         if self._before:
             step = StepLoss(pl_module, trainer.precision_plugin)
-            with step.quiet(), torch.no_grad(), recorded(step.module, list(self._before)) as calls:
-                step.loss(self._probe)
-            numbers = self._numbers({call.name: call.output for call in calls})
+            with self._forgiving(), step.quiet(), torch.no_grad():
+                with recorded(step.module, list(self._before)) as calls:
+                    step.loss(self._probe)
+                self._log(trainer, self._numbers({call.name: call.output for call in calls}))
             self._before, self._probe = {}, None
-            self._log(trainer, numbers)
         if task_ends(trainer):
             self._end_task(trainer, pl_module)
 
@@ -108,16 +105,16 @@ class FeatureLearningMonitor(Monitor):
         found: dict[str, dict[str, float]] = {}
         for name, (features, gradient) in self._before.items():
             if name in after and after[name].shape == features.shape:
-                speed = FeatureSpeed()
+                speed = FeatureSpeed(sync_on_compute=False)  # each process has examples of its own
                 speed.update(features, after[name], gradient)
                 found[name] = {one: float(value) for one, value in speed.compute().items()}
         self._warn_of_still_layers(found)
         return {f"feature_learning/{one}/{name}": layer[one] for one in _NUMBERS for name, layer in found.items()}
 
     def _warn_of_still_layers(self, found: Mapping[str, Mapping[str, float]]) -> None:
-        usual = median(layer["speed"] for layer in found.values()) if found else 0.0
+        fastest = max((layer["speed"] for layer in found.values()), default=0.0)
         for name, layer in found.items():
-            if layer["speed"] < _STILL * usual and name not in self._warned:
+            if layer["speed"] < _STILL * fastest and name not in self._warned:
                 self._warned.add(name)
                 cause = (
                     "no gradient comes back to it"
@@ -125,8 +122,8 @@ class FeatureLearningMonitor(Monitor):
                     else f"the gradient that comes back to it is {layer['backward']:.1e}"
                 )
                 rank_zero_warn(
-                    f"Layer {name} stands still: one step changes its features by {layer['speed']:.1e} of their size, those of the median "
-                    f"layer by {usual:.1e}; {cause}. lit_rebasin.suggest_scales(model, batch) proposes initial scales and learning rates."
+                    f"Layer {name} stands still: one step changes its features by {layer['speed']:.1e} of their size, those of the fastest "
+                    f"layer by {fastest:.1e}; {cause}. lit_rebasin.suggest_scales(model, batch) proposes initial scales and learning rates."
                 )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
@@ -13,14 +14,17 @@ from typing_extensions import override
 from lit_rebasin.callbacks.monitor import Monitor, first_examples
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.metrics import (
-    LineShapeScore,
-    OptimalTransportScore,
+    line_shape_scores,
+    optimal_transport_score,
     recorded,
     same_space,
     track_layers,
     tracks_figure,
     tracks_of,
 )
+
+# Samples that are kept for the picture.
+_DRAWN = 60
 
 
 class GeodesicMonitor(Monitor):
@@ -49,6 +53,17 @@ class GeodesicMonitor(Monitor):
         self._tracks: dict[str, list[Tensor]] = {}
 
     @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Refuse layers that the module does not have, before anything is trained."""
+        super().on_fit_start(trainer, pl_module)
+        known = [name for name, _ in pl_module.named_modules() if name]
+        if unknown := [name for name in self.layers or () if name not in known]:
+            raise MisconfigurationException(
+                f"GeodesicMonitor(layers=...) names {', '.join(map(repr, unknown))}, which {type(pl_module).__name__} does not have; it has "
+                f"{', '.join(known)}."
+            )
+
+    @override
     def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
         with torch.no_grad():
             # All layers are looked at with two examples, for those that a track goes through are few of them.
@@ -60,14 +75,13 @@ class GeodesicMonitor(Monitor):
         self._tracks = {name: same_space(track) for name, track in tracks_of(calls, self.layers).items()}
         numbers: dict[str, float] = {}
         for name, track in self._tracks.items():
-            straight, optimal = LineShapeScore(), OptimalTransportScore()
-            straight.update(track)
-            optimal.update(track)
-            numbers[f"geodesic/line_shape_score/{name}"] = float(straight.compute())
-            numbers[f"geodesic/optimal_transport_score/{name}"] = float(optimal.compute())
-            numbers[f"geodesic/matched/{name}"] = float(optimal.matched)
+            score, own = optimal_transport_score(track[0], track[-1])
+            numbers[f"geodesic/line_shape_score/{name}"] = float(line_shape_scores(track).mean())
+            numbers[f"geodesic/optimal_transport_score/{name}"] = score
+            numbers[f"geodesic/matched/{name}"] = own
+        self._tracks = {name: [points[:_DRAWN].cpu() for points in track] for name, track in self._tracks.items()}
         return numbers
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], Figure]]:
-        return {"geodesic/tracks": partial(tracks_figure, self._tracks)}
+        return {"geodesic/tracks": partial(tracks_figure, self._tracks)} if self._tracks else {}

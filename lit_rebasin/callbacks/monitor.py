@@ -1,12 +1,13 @@
 """What all monitors have in common: examples that they keep aside, when they measure, and where the numbers go."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -41,6 +42,8 @@ class Monitor(Callback):
         self.every_n_epochs, self.examples = every_n_epochs, examples
         self.history: list[dict[str, Any]] = []
         self.task = 0
+        self._finished = 0  # tasks, where a fit is one
+        self._reasons: set[str] = set()  # why a measurement has failed
         self._epoch = 0  # of the last batch; at the end of a fit the Trainer counts one more
         self._unfinished = False  # whether the task in hand has not been measured at its end
         self._training: Any = None  # examples of the task in hand
@@ -50,9 +53,18 @@ class Monitor(Callback):
         )
 
     @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Refuse a module whose ``training_step`` cannot be run for its loss alone."""
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} optimizes by hand, so {type(self).__name__} cannot run its training_step without training it: "
+                "use automatic optimization, or leave the monitor out."
+            )
+
+    @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Forget the examples of an earlier fit, which may be of another task."""
-        self._training, self._validation = None, {}
+        self._training, self._validation, self._usable = None, {}, None
 
     @override
     def on_validation_batch_start(
@@ -91,22 +103,20 @@ class Monitor(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Measure a task whose end was not foreseen, and count it; in a stream it is cut short, and a resumed fit goes on with it."""
-        if epochs_per_task(trainer):
-            return
-        if self._unfinished:
+        """Measure a task whose end was not foreseen; in a stream it is cut short, and a resumed fit goes on with it."""
+        if self._unfinished and not epochs_per_task(trainer):
             self._end_task(trainer, pl_module)
-        self.task += 1
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far."""
-        return {"history": self.history, "task": self.task}
+        return {"history": self.history, "task": self.task, "finished": self._finished}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what a checkpoint holds."""
-        self.history, self.task = list(state_dict["history"]), state_dict["task"]
+        self.history = list(state_dict["history"])
+        self.task, self._finished = state_dict["task"], state_dict["finished"]
 
     def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
         """Return the numbers by tag; called inside :meth:`StepLoss.quiet`."""
@@ -119,19 +129,30 @@ class Monitor(Callback):
     def _take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Measure, and log what comes of it."""
         step = StepLoss(pl_module, trainer.precision_plugin)
-        try:
-            with step.quiet():
-                numbers = self._measure(trainer, step, self._examples(trainer, step))
-        except NoLossError:  # the training skips such a batch, too
-            return
-        self._log(trainer, numbers)
+        with self._forgiving(), step.quiet():
+            numbers = self._measure(trainer, step, self._examples(trainer, step))
+            self._log(trainer, numbers)
 
     def _end_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Measure, and give pictures to the loggers that take some."""
-        self._unfinished = False
+        self._unfinished, self._finished = False, self.task + 1
         self._take(trainer, pl_module)
         for tag, draw in self._figures().items():
-            log_figure(trainer.loggers, tag, draw, _step(trainer))
+            with self._forgiving():
+                log_figure(trainer.loggers, tag, draw, _step(trainer))
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Let a measurement fail without the training: a warning says so once for each reason."""
+        try:
+            yield
+        except NoLossError:  # the training skips such a batch, too
+            pass
+        except Exception as error:
+            reason = f"{type(self).__name__} could not measure task {self.task}: {error}"
+            if str(error) not in self._reasons:
+                self._reasons.add(str(error))
+                rank_zero_warn(reason)
 
     def _log(self, trainer: "pl.Trainer", numbers: dict[str, float]) -> None:
         """Keep the numbers, and give them to all loggers."""
@@ -141,7 +162,7 @@ class Monitor(Callback):
 
     def _task_of(self, trainer: "pl.Trainer") -> int:
         every = epochs_per_task(trainer)
-        return trainer.current_epoch // every if every else self.task
+        return trainer.current_epoch // every if every else self._finished
 
     def _examples(self, trainer: "pl.Trainer", step: StepLoss) -> Any:
         """Return the examples that are kept aside for the task in hand; called inside :meth:`StepLoss.quiet`."""

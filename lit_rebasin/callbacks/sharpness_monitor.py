@@ -22,8 +22,9 @@ class SharpnessMonitor(Monitor):
 
     By Lanczos iteration and Hutchinson's estimator, on Hessian-vector products of ``training_step``, with respect to the parameters that are
     trained. Tags are ``sharpness/eigenvalue``, ``sharpness/trace`` and ``sharpness/trace_error``, the standard error of the trace; see
-    ``docs/curvature.md``. Put this callback before ``RebasinMerge`` to see the network as it was trained and not the merge. A module whose loss
-    cannot be differentiated twice, such as one with a fused attention kernel, cannot be measured.
+    ``docs/curvature.md``. Put this callback before ``RebasinMerge`` to see the network as it was trained and not the merge.
+
+    The iteration ends after 30 products at the latest, and what it has then is a lower bound.
 
     Args:
         every_n_epochs: How many epochs lie between two measurements; a task ends with one in any case.

@@ -95,9 +95,11 @@ class StepLoss(nn.Module):
             return self._at(weights, batch)
 
     def _at(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
-        buffers = {name for name, _ in self.module.named_buffers()}
-        # BatchNorm writes to its buffers, and takes none that carry a gradient: it must get copies.
-        chosen = {f"module.{n}": tensor.detach().clone() if n in buffers else tensor for n, tensor in weights.items()}
+        # BatchNorm writes to its buffers, and takes none that carry a gradient; a step may write to frozen parameters, such as those of a
+        # teacher that follows the network: both must get copies.
+        copied = {name for name, _ in self.module.named_buffers()}
+        copied |= {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        chosen = {f"module.{n}": tensor.detach().clone() if n in copied else tensor for n, tensor in weights.items()}
         return functional_call(self, chosen, (batch,))
 
     def mean(self, weights: Mapping[str, Tensor], batches: list[Any]) -> tuple[Tensor, dict[str, float]]:

@@ -5,7 +5,7 @@ from lit_rebasin.merging.coefficient import NoFiniteLossError, fisher_alpha, lay
 from lit_rebasin.merging.fisher import SquaredGradients, diagonal_fisher, zeros_to_sum
 from lit_rebasin.merging.many import ManyMerge, merge_many
 from lit_rebasin.merging.path import LinearPath, PathLosses
-from lit_rebasin.merging.plane import PlaneLosses, loss_plane
+from lit_rebasin.merging.plane import PlaneLosses, is_plane, loss_plane
 from lit_rebasin.merging.regmean import input_moments, regmean
 from lit_rebasin.merging.repair import repair, repair_many
 from lit_rebasin.merging.reset import reset_batch_norm
@@ -22,6 +22,7 @@ __all__ = [
     "fisher_alpha",
     "has_batch_norm",
     "input_moments",
+    "is_plane",
     "layer_fisher_alphas",
     "line_search",
     "loss_barrier",

@@ -56,10 +56,8 @@ def loss_plane(
         check_same_architecture(other, first)
     origin = {name: tensor.detach() for name, tensor in first.items()}
     along, across = (_difference(other, origin) for other in (second, third))
-    length = _dot(along, along) ** 0.5
-    on_line = _dot(across, along) / length if length > 0 else 0.0
-    height = max(0.0, _dot(across, across) - on_line**2) ** 0.5
-    if not height > 1e-6 * length > 0:
+    length, on_line, height = _triangle(along, across)
+    if not _has_area(length, height):
         raise ValueError(
             "The three networks lie on a line, or two of them are the same, so there is no plane through them."
         )
@@ -76,6 +74,23 @@ def loss_plane(
     with torch.no_grad():
         values = [[float(loss(at(left, up))) for left in x.tolist()] for up in y.tolist()]
     return PlaneLosses(x, y, torch.tensor(values, dtype=torch.float64), corners)
+
+
+def is_plane(first: Weights, second: Weights, third: Weights) -> bool:
+    """Return whether three networks are not on a line, so that there is one plane through them."""
+    length, _, height = _triangle(*(_difference(other, first) for other in (second, third)))
+    return _has_area(length, height)
+
+
+def _triangle(along: Weights, across: Weights) -> tuple[float, float, float]:
+    """Return the length of the first side, and how far along and across it the third corner is."""
+    length = _dot(along, along) ** 0.5
+    on_line = _dot(across, along) / length if length > 0 else 0.0
+    return length, on_line, max(0.0, _dot(across, across) - on_line**2) ** 0.5
+
+
+def _has_area(length: float, height: float) -> bool:
+    return height > 1e-6 * length > 0
 
 
 def _difference(other: Weights, origin: Weights) -> dict[str, Tensor]:

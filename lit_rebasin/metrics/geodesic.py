@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
 from lit_rebasin.metrics.tracks import same_space
@@ -107,8 +108,9 @@ class LineShapeScore(Metric):
 class OptimalTransportScore(Metric):
     """:func:`~lit_rebasin.metrics.optimal_transport_score` of all samples that it was given.
 
-    ``update`` takes a track, of which the first and the last layer count, brought to one width where they have two. The clouds are kept as a
-    whole, for the optimal plan is one of all of them: a thousand samples take a second.
+    ``update`` takes a track, of which the first and the last layer count; where they have two widths, the last is turned onto the first as
+    :func:`~lit_rebasin.metrics.same_space` does. The clouds are kept as a whole, for the optimal plan is one of all of them: a thousand samples
+    take a second.
 
     Example::
 
@@ -153,7 +155,7 @@ class OptimalTransportScore(Metric):
         return self._plot(val, ax)
 
     def _both(self) -> tuple[Tensor, Tensor]:
-        start, end = same_space([torch.cat(list(points)) for points in (self.start, self.end)])
+        start, end = same_space([dim_zero_cat(points) for points in (self.start, self.end)])
         score, matched = optimal_transport_score(start, end)
         return torch.tensor(score, dtype=torch.float64), torch.tensor(matched, dtype=torch.float64)
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lit_rebasin.metrics.tracks import WEIGHTED
 from lit_rebasin.transport import energy_distance, wasserstein_distance
 
+_WIDEST = 4096
+
 
 @dataclass(frozen=True)
 class NeuronDistance:
@@ -80,8 +82,12 @@ def neuron_distances(
         module: Has the layers.
         weights: Parameters by name.
         reference: Those of the other network.
+
+    Returns:
+        By layer; those of more than 4,096 neurons, whose exact pairing would take minutes, are left out.
     """
-    ours, theirs = layer_neurons(module, weights), layer_neurons(module, reference)
+    theirs = layer_neurons(module, reference)
+    ours = {name: points for name, points in layer_neurons(module, weights).items() if len(points) <= _WIDEST}
     return {
         name: NeuronDistance(
             wasserstein_distance(points, theirs[name])[0],

@@ -19,7 +19,7 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
     finite = losses[np.isfinite(losses)]
     figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    if len(finite) and finite.min() < finite.max():
+    if len(finite) and finite.max() - finite.min() > 1e-6 * abs(finite).max():  # else there is nothing to draw
         low, high = float(finite.min()), float(finite.max())
         logarithmic = low > 0  # the corners are far higher than the valleys
         levels = np.geomspace(low, high, 16) if logarithmic else np.linspace(low, high, 16)

@@ -1,11 +1,12 @@
 """Leave a module as it was found."""
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,11 +38,17 @@ def use_batch_statistics(network: nn.Module) -> None:
 
 
 def _content(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (dict, OrderedDict, defaultdict, list, set) else None
+    """Return what an attribute holds, if a call may change it in place."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return copy.copy(value) if type(value) in (dict, OrderedDict, defaultdict, list, set, deque) else None
 
 
 def _refill(value: Any, content: Any) -> None:
     if content is None:
         return
+    if isinstance(value, torch.Generator):
+        value.set_state(content)
+        return
     value.clear()
-    (value.extend if isinstance(value, list) else value.update)(content)
+    (value.extend if isinstance(value, (list, deque)) else value.update)(content)

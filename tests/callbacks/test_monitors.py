@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -153,7 +154,8 @@ def test_a_task_that_stops_early_is_measured_at_its_end(tmp_path, kind):
     assert [(entry["task"], entry["epoch"]) for entry in monitor.history] == [
         (0, 0 if kind is FeatureLearningMonitor else 1)
     ]
-    assert monitor.task == 1
+    fit(tmp_path, monitor, Plain(), max_epochs=1)
+    assert monitor.history[-1]["task"] == 1
     logger.finalize("success")
     if kind in (GeodesicMonitor, FeatureLearningMonitor):
         assert EventAccumulator(logger.log_dir).Reload().Tags()["images"]
@@ -161,10 +163,10 @@ def test_a_task_that_stops_early_is_measured_at_its_end(tmp_path, kind):
 
 def test_state_goes_on():
     monitor = GeodesicMonitor()
-    monitor.history, monitor.task = [{"task": 0, "epoch": 0, "x": 1.0}], 1
+    monitor.history, monitor.task, monitor._finished = [{"task": 0, "epoch": 0, "x": 1.0}], 1, 2
     other = GeodesicMonitor()
     other.load_state_dict(copy.deepcopy(monitor.state_dict()))
-    assert (other.history, other.task) == (monitor.history, 1)
+    assert (other.history, other.task, other._finished) == (monitor.history, 1, 2)
 
 
 @pytest.mark.parametrize(("name", "value"), [("every_n_epochs", 0), ("examples", 0), ("examples", 2.5)])
@@ -281,7 +283,7 @@ def test_geodesic_layers_are_chosen_by_name(tmp_path):
     monitor = GeodesicMonitor(layers=["net.0", "net.2", "head"])
     fit(tmp_path, monitor, Plain())
     assert "geodesic/line_shape_score/net.0" in monitor.history[0]
-    with pytest.raises(ValueError, match="layers names 'nat'"):
+    with pytest.raises(MisconfigurationException, match=r"names 'nat', which Plain does not have; it has net, net\.0"):
         fit(tmp_path, GeodesicMonitor(layers=["net.0", "nat", "head"]), Plain())
 
 
