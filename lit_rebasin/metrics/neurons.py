@@ -67,7 +67,7 @@ def effective_dimension(points: Tensor) -> float:
     # The trace of S^2 is that of the squared Gram matrix on the smaller side.
     gram = centred @ centred.T if len(points) < points.shape[1] else centred.T @ centred
     squares = float(gram.square().sum())
-    return float(gram.diagonal().sum()) ** 2 / squares if squares > 0 else 0.0
+    return float(gram.diagonal().sum()) ** 2 / squares if squares != 0 else 0.0
 
 
 def neuron_distances(

@@ -1,5 +1,6 @@
 """What all monitors promise, and what each of them measures, against independent computations."""
 
+import collections
 import copy
 import csv
 import math
@@ -24,13 +25,17 @@ from lit_rebasin import (
     LinearPath,
     RebasinMerge,
     SharpnessMonitor,
+    effective_dimension,
+    hessian_eigenvalues,
+    hessian_trace,
     line_shape_scores,
     loss_barrier,
     optimal_transport_score,
     permutation_spec,
     permute,
 )
-from lit_rebasin.callbacks.monitor import Monitor
+from lit_rebasin.callbacks.monitor import Monitor, first_examples
+from lit_rebasin.metrics import width_bound
 
 from .user_code import UserModule, Walk, loader, make_trainer
 
@@ -421,3 +426,230 @@ def test_connectivity_is_with_the_network_that_the_task_began_with(tmp_path):
 def test_a_reference_of_another_architecture(tmp_path):
     with pytest.raises(ValueError, match="net"):
         fit(tmp_path, ConnectivityMonitor(reference=nn.Linear(3, 2)), Plain())
+
+
+def planted(module):
+    """A copy of a module with its neurons in another order, which computes the same."""
+    spec = permutation_spec(nn.Sequential(module.net, module.head), X[:2])
+    drawn = {name: torch.randperm(group.size) for name, group in spec.groups.items()}
+    twin = copy.deepcopy(module)
+    moved = permute(nn.Sequential(twin.net, twin.head), spec, drawn)
+    twin.net, twin.head = moved[0], moved[1]
+    return twin
+
+
+def test_connectivity_of_what_is_aligned(tmp_path):
+    """A permuted twin that was moved a little: aligned it is on a path of its own, as loss_barrier measures it."""
+    module = Plain(rate=0.0)
+    near = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    logger = TensorBoardLogger(tmp_path)
+    monitor = ConnectivityMonitor(reference=planted(near), examples=60)
+    fit(tmp_path, monitor, module, logger=logger)
+    found = monitor.history[-1]
+    path = LinearPath(nn.Sequential(near.net, near.head), nn.Sequential(module.net, module.head))
+    measured = loss_barrier(path, [(X, Y)])
+    assert found["connectivity/area_aligned"] == pytest.approx(measured.area, abs=1e-6)
+    assert found["connectivity/train_acc_middle_aligned"] == pytest.approx(float(measured.accuracies[10]), abs=1e-6)
+    assert found["connectivity/energy/net.0"] != pytest.approx(found["connectivity/wasserstein/net.0"], rel=0.05)
+    figures = {tag: draw() for tag, draw in monitor._figures().items()}
+    before, after = (line.get_ydata() for line in figures["connectivity/path"].axes[0].lines[:2])
+    assert max(after) < max(before)
+    axes = figures["connectivity/plane"].axes[0]
+    corners = {text.get_text(): line.get_xydata()[0] for text, line in zip(axes.texts, axes.lines, strict=True)}
+    gap = math.dist(corners["reference"], corners["aligned"])
+    wanted = (
+        sum(float((p - q).square().sum()) for p, q in zip(near.parameters(), module.parameters(), strict=True)) ** 0.5
+    )
+    assert gap == pytest.approx(wanted, rel=1e-3)
+    logger.finalize("success")
+    assert "connectivity/plane" in EventAccumulator(logger.log_dir).Reload().Tags()["images"]
+
+
+def test_a_twin_that_is_the_same_but_for_its_order_has_no_plane_and_no_error(tmp_path):
+    module = Plain(rate=0.0)
+    monitor = ConnectivityMonitor(reference=planted(module), examples=60)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*could not measure.*")
+        fit(tmp_path, monitor, module, logger=TensorBoardLogger(tmp_path))
+    assert monitor.history
+    assert "connectivity/plane" not in monitor._figures()
+
+
+def test_effective_dimensions_and_bounds_are_those_of_the_layers(tmp_path):
+    module, monitor = Plain(), ConnectivityMonitor()
+    fit(tmp_path, monitor, module)
+    found = monitor.history[0]
+    for name, layer in (("net.0", module.net[0]), ("head", module.head)):
+        points = torch.cat([layer.weight, layer.bias[:, None]], 1)
+        assert found[f"connectivity/effective_dimension/{name}"] == pytest.approx(effective_dimension(points))
+    bound = width_bound(found["connectivity/effective_dimension/net.2"], 0.05)
+    assert found["connectivity/log10_width_bound/net.2"] == pytest.approx(bound)
+    assert "connectivity/log10_width_bound/head" not in found  # its outputs are no neurons
+
+    class Other(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net[1] = nn.Sigmoid()  # not 0 at 0
+
+    monitor = ConnectivityMonitor()
+    fit(tmp_path, monitor, Other())
+    assert not any("bound" in tag for tag in monitor.history[0])
+
+
+class Diverges(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
+@pytest.mark.parametrize("kind", [GeodesicMonitor, ConnectivityMonitor, SharpnessMonitor])
+def test_a_training_that_diverges_is_not_ended_by_a_monitor(tmp_path, kind):
+    monitor = kind() if kind is not ConnectivityMonitor else kind(reference=Plain())
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} could not measure task 0: ") as caught:
+        trainer = fit(tmp_path, monitor, Diverges(), max_epochs=3)
+    assert trainer.current_epoch == 3
+    assert sum("could not measure" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_network_without_a_track_is_trained_all_the_same(tmp_path):
+    class Linear(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Identity()
+            self.head = nn.Linear(6, 3)
+
+    with pytest.warns(UserWarning, match="no three layers"):
+        assert fit(tmp_path, GeodesicMonitor(), Linear()).current_epoch == 2
+
+
+def test_manual_optimization_is_refused(tmp_path):
+    class ByHand(Plain):
+        automatic_optimization = False
+
+    with pytest.raises(MisconfigurationException, match="ByHand optimizes by hand, so SharpnessMonitor cannot run"):
+        fit(tmp_path, SharpnessMonitor(), ByHand())
+
+
+def test_a_step_that_writes_to_a_teacher_or_draws_from_a_generator_is_left_alone(tmp_path):
+    class Follows(Plain):
+        def __init__(self):
+            super().__init__()
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+            self.draw = torch.Generator().manual_seed(0)
+            self.recent = collections.deque(maxlen=3)
+
+        def training_step(self, batch, batch_idx):
+            x = batch[0] + 0.1 * torch.randn(batch[0].shape, generator=self.draw)
+            with torch.no_grad():
+                for slow, fast in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                    slow.lerp_(fast, 0.1)
+            self.recent.append(float(x.mean()))
+            far = (self.net(x) - self.teacher(x)).square().mean() + sum(self.recent) * self.head.bias.sum()
+            return super().training_step((x, batch[1]), batch_idx) + far
+
+    states = []
+    for monitors in ([], [kind() for kind in MONITORS]):
+        module = Follows()
+        make_trainer(tmp_path, *monitors, max_epochs=4).fit(module, whole())
+        states.append(module.state_dict())
+    assert all(monitor.history for monitor in monitors)
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+def test_dropout_is_off_while_it_is_measured(tmp_path):
+    class Drops(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(0, nn.Dropout(0.5))
+
+    module, monitor = Drops(), SharpnessMonitor(examples=60)
+    fit(tmp_path, monitor, module)
+    module.eval()
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(one):
+        network = nn.ModuleDict({"net": module.net, "head": module.head})
+        hidden = torch.func.functional_call(network["net"], {n[4:]: w for n, w in one.items() if n[:4] == "net."}, (X,))
+        return cross_entropy(hidden @ one["head.weight"].T + one["head.bias"], Y)
+
+    wanted = hessian_eigenvalues(loss, weights, tolerance=1e-4)
+    assert monitor.history[-1]["sharpness/eigenvalue"] == pytest.approx(float(wanted.values[0]), rel=0.02)
+    trace = hessian_trace(loss, weights, 4, seed=0)
+    assert monitor.history[-1]["sharpness/trace"] == pytest.approx(trace.mean, rel=1e-3)
+    assert monitor.history[-1]["sharpness/trace_error"] == pytest.approx(trace.standard_error, rel=1e-2)
+
+
+def test_a_second_fit_begins_anew(tmp_path):
+    seen, speeds = Seen(), FeatureLearningMonitor()
+    for shift in range(2):
+        make_trainer(tmp_path, seen, speeds, max_epochs=1).fit(UserModule(), loader(shift=shift, shuffle=False))
+    for shift, batch in enumerate(seen.seen):
+        assert torch.equal(batch[0], next(iter(loader(shift=shift, shuffle=False)))[0][:7])
+    assert [(entry["task"], entry["epoch"]) for entry in speeds.history] == [(0, 0), (1, 0)]
+
+
+def test_only_what_is_of_the_examples_is_cut(tmp_path):
+    batch = {"x": torch.arange(10.0)[:, None], "y": torch.arange(10), "class_weights": torch.ones(3), "epoch": 4}
+    cut = first_examples(batch, 4)
+    batch["x"] += 1
+    assert cut["x"].tolist() == [[0.0], [1.0], [2.0], [3.0]]
+    assert len(cut["y"]) == 4
+    assert cut["class_weights"].tolist() == [1.0, 1.0, 1.0]
+    assert cut["epoch"] == 4
+
+
+def test_numbers_are_logged_at_the_optimizer_step_and_pictures_once_a_task(tmp_path):
+    monitor, logger = GeodesicMonitor(), TensorBoardLogger(tmp_path)
+    loaders = DataLoader(TensorDataset(X, Y), batch_size=20)  # 3 steps an epoch
+    fit(tmp_path, monitor, Plain(), loaders, max_epochs=3, logger=logger)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir).Reload()
+    steps = [event.step for event in events.Scalars("geodesic/matched/net.1")]
+    trained = [event.step for event in events.Scalars("train_acc")]
+    assert steps == [trained[2], trained[5], trained[8]]
+    assert len(events.Images("geodesic/tracks")) == 1
+
+
+def test_a_slow_layer_is_not_a_still_one_and_a_still_one_has_its_reason(tmp_path):
+    class Rates(Plain):
+        def __init__(self, rate_of_first, detached=False):
+            super().__init__()
+            self.rate_of_first, self.detached = rate_of_first, detached
+
+        def training_step(self, batch, batch_idx):
+            if not self.detached:
+                return super().training_step(batch, batch_idx)
+            return cross_entropy(self.head(self.net(batch[0]).detach()), batch[1])
+
+        def configure_optimizers(self):
+            rest = [p for name, p in self.named_parameters() if not name.startswith("net.0.")]
+            groups = [{"params": self.net[0].parameters(), "lr": self.rate_of_first}, {"params": rest}]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stands still.*")
+        fit(tmp_path, FeatureLearningMonitor(), Rates(0.01))
+    with pytest.warns(UserWarning, match=r"Layer net\.0 stands still: .*the gradient that comes back to it is \d"):
+        fit(tmp_path, FeatureLearningMonitor(), Rates(0.0))
+    with pytest.warns(UserWarning, match="stands still") as caught:  # three of four layers
+        fit(tmp_path, FeatureLearningMonitor(), Rates(0.1, detached=True))
+    texts = [str(warning.message) for warning in caught if "stands still" in str(warning.message)]
+    assert sorted(text.split()[1] for text in texts) == ["net.0", "net.2", "net.4"]
+    assert all("no gradient comes back to it" in text for text in texts)
+
+
+def test_connectivity_goes_on_after_a_resumed_fit(tmp_path):
+    monitor, module = ConnectivityMonitor(examples=60), Plain(rate=0.5)
+    fit(tmp_path, monitor, module)
+    trainer = make_trainer(tmp_path, monitor, max_epochs=2)
+    trainer.fit(module, whole())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    trainer = make_trainer(tmp_path, monitor, max_epochs=4)
+    other = ConnectivityMonitor(examples=60)
+    saved = copy.deepcopy(monitor.state_dict())
+    other.load_state_dict(saved)
+    assert other.state_key == monitor.state_key != ConnectivityMonitor(reference=module).state_key
+    assert all(torch.equal(other._begun[name], tensor) for name, tensor in monitor._begun.items())
+    assert other._finished == 2

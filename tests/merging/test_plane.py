@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_rebasin.merging import loss_plane
+from lit_rebasin.merging import PlaneLosses, loss_plane
 from lit_rebasin.metrics import plane_figure
 
 
@@ -55,6 +55,15 @@ def test_three_networks_on_a_line():
         loss_plane(first, first, second, lambda one: flat(one).sum())
 
 
+def test_what_is_not_finite_is_the_first_networks():
+    corners = [weights(k) for k in range(3)]
+    for corner in corners:
+        corner["mask"] = torch.tensor([0.0, float("-inf")])
+    seen = []
+    loss_plane(*corners, lambda one: seen.append(one["mask"]) or flat(one).sum(), points=3)
+    assert all(mask.tolist() == [0.0, float("-inf")] for mask in seen)
+
+
 def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="points must be at least 2"):
         loss_plane(*[weights(k) for k in range(3)], lambda one: 0.0, points=1)
@@ -67,5 +76,15 @@ def test_the_picture_marks_the_three():
     axes = plane_figure(plane, ("previous", "new", "aligned")).axes[0]
     assert [text.get_text() for text in axes.texts] == ["previous", "new", "aligned"]
     assert [tuple(line.get_xydata()[0]) for line in axes.lines] == [tuple(corner) for corner in plane.corners.tolist()]
+    wide, high = plane.x[-1] - plane.x[0], plane.y[-1] - plane.y[0]
+    assert (axes.get_xlim()[1] - axes.get_xlim()[0], axes.get_ylim()[1] - axes.get_ylim()[0]) == (
+        pytest.approx(float(wide)),
+        pytest.approx(float(high)),
+    )
+    nearly = PlaneLosses(plane.x, plane.y, 1 + 1e-15 * plane.losses, plane.corners)
+    broken = PlaneLosses(plane.x, plane.y, plane.losses - 3, plane.corners)
+    broken.losses[0, 0] = float("nan")
+    assert len(plane_figure(nearly, ("a", "b", "c")).axes) == 1
+    assert len(plane_figure(broken, ("a", "b", "c")).axes) == 2  # losses below 0 and NaN are drawn around
     flat_plane = loss_plane(*[weights(k) for k in range(3)], lambda one: 1.0, points=3)
     assert len(plane_figure(flat_plane, ("a", "b", "c")).axes) == 1  # nothing to colour, and no error

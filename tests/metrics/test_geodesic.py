@@ -103,6 +103,36 @@ def test_metrics_over_batches_are_those_of_the_whole():
         assert axes.lines or axes.collections
 
 
+def test_what_several_processes_have_gathered_is_one_cloud():
+    track = [cloud(30, 3, seed=layer) for layer in range(3)]
+    metric = OptimalTransportScore()
+    metric.update([points[:10] for points in track])
+    metric.update([points[10:] for points in track])
+    metric.start, metric.end = (
+        torch.cat(metric.start),
+        torch.cat(metric.end),
+    )  # as torchmetrics leaves them after a sync
+    assert float(metric.compute()) == pytest.approx(optimal_transport_score(track[0], track[-1])[0])
+
+
+def test_scores_of_single_precision_far_from_the_origin():
+    track = [(cloud(40, 3, seed=layer) + 1e4).float() for layer in range(3)]
+    wide = [points.double() for points in track]
+    assert line_shape_scores(track).tolist() == pytest.approx(line_shape_scores(wide).tolist(), rel=1e-9)
+    assert optimal_transport_score(track[0], track[2])[0] == pytest.approx(optimal_transport_score(wide[0], wide[2])[0])
+    assert optimal_transport_score(track[0], track[0] + 2**-7)[0] <= 1
+
+
+def test_clouds_are_turned_each_onto_the_one_before():
+    clouds = [cloud(30, 3), cloud(30, 5, seed=1), cloud(30, 4, seed=2), cloud(30, 5, seed=3)]
+    joined = same_space(clouds)
+    for index in range(1, 4):
+        a, b = (points - points.mean(0) for points in clouds[index - 1 : index + 1])
+        # No other orthogonal map brings a cloud nearer to the one before: the nuclear norm of their products is the bound.
+        bound = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(b.T @ a).sum()
+        assert float((joined[index] - joined[index - 1]).square().sum()) == pytest.approx(float(bound))
+
+
 def test_clouds_of_several_widths_are_turned_onto_each_other():
     x = cloud(12, 3)
     turn = torch.linalg.qr(cloud(3, 3, seed=5)).Q
@@ -193,6 +223,40 @@ def test_a_module_that_passes_on_what_its_parts_give_out_is_a_point_where_it_is_
     (track,) = tracks_of(calls).values()
     assert len(track) == 3  # not the last one twice, as the stage and as what the stages are in
     assert all(torch.equal(a, b) for a, b in zip(chosen, track, strict=True))
+
+
+def test_a_stage_that_begins_at_another_width_has_no_point_for_its_input():
+    class Down(nn.Module):
+        def __init__(self, ins, outs):
+            super().__init__()
+            self.inner = nn.Linear(ins, outs)
+
+        def forward(self, x):
+            return self.inner(x).tanh() + 1
+
+    network = nn.Sequential(Down(6, 4), Down(4, 4), Down(4, 4))
+    (track,) = tracks_of(calls_of(network, cloud(5, 6).float())).values()
+    assert [points.shape[1] for points in track] == [4, 4, 4]
+
+
+def test_of_two_classes_of_as_many_points_the_later_one_is_taken():
+    layers = [part for _ in range(3) for part in (nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid())]
+    assert list(tracks_of(calls_of(nn.Sequential(*layers), cloud(5, 4).float()))) == ["2"]
+
+
+def test_layers_that_work_in_place_do_not_write_to_what_was_recorded():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    x = cloud(5, 4).float()
+    calls = {call.name: call.output for call in calls_of(network, x)}
+    assert torch.equal(calls["0"], network[0](x))
+    assert (calls["0"] < 0).any()
+
+
+def test_only_what_is_wanted_is_recorded():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    with torch.no_grad(), recorded(network, ["2"]) as calls:
+        network(cloud(5, 4).float())
+    assert [call.name for call in calls] == ["2"]
 
 
 def test_named_layers():

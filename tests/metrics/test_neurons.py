@@ -38,6 +38,7 @@ def test_effective_dimension_is_that_of_numpys_covariance():
     covariance = np.cov(points.T.numpy())
     assert effective_dimension(points) == pytest.approx(np.trace(covariance) ** 2 / np.trace(covariance @ covariance))
     assert effective_dimension(torch.ones(4, 3)) == 0
+    assert math.isnan(effective_dimension(torch.full((4, 3), float("nan"))))
     with pytest.raises(ValueError, match="at least two of them"):
         effective_dimension(torch.ones(1, 3))
 
