@@ -1,7 +1,7 @@
 """What does a monitor cost? The share of an epoch of rotated_mnist.yaml that each spends, at its default interval.
 
 Every monitor has a run of its own, of the network, stream, batches and merges of that file. By Lightning's own profiler: seconds in the hooks
-of the monitor over the seconds of the training epochs without them, both of one run on one thread.
+of the monitor over the seconds of the training epochs without them, and without merges and validation, both of one run on one thread.
 
     python benchmarks/monitor_overhead.py --data_dir DIR
 """
@@ -65,7 +65,10 @@ def run(kind, start, options):
         trainer.fit(model, datamodule=data)
     spent = {name: sum(seconds) for name, seconds in profiler.recorded_durations.items()}
     own = sum(seconds for name, seconds in spent.items() if name.startswith(f"[Callback]{kind.__name__}"))
-    return own, spent["run_training_epoch"] - own, len(monitor.history)
+    # Merges, validation and new loaders come with each task, not with each epoch.
+    others = ("[Callback]RebasinMerge", "[Callback]ContinualMonitor", "[_EvaluationLoop]", "[LightningDataModule]")
+    besides = sum(seconds for name, seconds in spent.items() if name.startswith(others) or "validation" in name)
+    return own, spent["run_training_epoch"] - own - besides, len(monitor.history)
 
 
 def main():
@@ -80,8 +83,9 @@ def main():
         "# What monitors cost",
         "",
         f"`rotated_mnist.yaml`, its first {options.tasks} tasks of {EPOCHS} epochs, each monitor by itself at its default interval, with a",
-        "TensorBoard log: seconds in its hooks over those of the training epochs without them, one thread of a server CPU. Tasks begin at the",
-        "previous network, or with fresh weights, where neurons move and `ConnectivityMonitor` draws a plane, too.",
+        "TensorBoard log: seconds in its hooks over those of the training epochs without them, and without merges and validation, on one",
+        "thread of a server CPU. Tasks begin at the previous network, or with fresh weights, where neurons move and `ConnectivityMonitor`",
+        "draws a plane, too.",
         "",
         f"Made by `python benchmarks/monitor_overhead.py --data_dir DIR --tasks {options.tasks}` with torch {torch.__version__}.",
         "",
