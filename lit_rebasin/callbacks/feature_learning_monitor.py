@@ -133,6 +133,10 @@ def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tenso
     with recorded(step.module, _layers(step), gradients) as calls, torch.enable_grad():
         loss = step.at({**weights_of(step.module), **parameters}, batch)
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    if not calls:
+        raise ValueError(
+            "training_step calls no nn.Linear and no convolution as a module; those inside a compiled one are not seen."
+        )
     return {call.name: (call.output, gradients.get(call.name, torch.zeros_like(call.output))) for call in calls}
 
 

@@ -48,9 +48,7 @@ class Monitor(Callback):
         self._unfinished = False  # whether the task in hand has not been measured at its end
         self._training: Any = None  # examples of the task in hand
         self._validation: dict[int, Any] = {}  # by loader, on the CPU
-        self._usable: bool | None = (
-            None  # whether training_step can work with what the validation has, once that is known
-        )
+        self._usable: bool | None = None  # whether training_step takes them, once that is known
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

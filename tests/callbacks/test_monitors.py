@@ -524,6 +524,22 @@ def test_a_network_without_a_track_is_trained_all_the_same(tmp_path):
         assert fit(tmp_path, GeodesicMonitor(), Linear()).current_epoch == 2
 
 
+def test_a_network_without_layers_is_trained_all_the_same(tmp_path):
+    class Bare(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 6))
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(batch[0] @ self.weight.T, batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match="could not measure task 0: training_step calls no nn.Linear"):
+        assert fit(tmp_path, FeatureLearningMonitor(), Bare()).current_epoch == 2
+
+
 def test_manual_optimization_is_refused(tmp_path):
     class ByHand(Plain):
         automatic_optimization = False
