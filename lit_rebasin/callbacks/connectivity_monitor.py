@@ -106,6 +106,7 @@ class ConnectivityMonitor(Monitor):
         ours, theirs = (_parameters(step.module, one) for one in (weights, reference))
         alignment = weight_matching(ours, theirs, spec)
         aligned = permute(weights, spec, alignment.permutations)
+        third = _parameters(step.module, aligned)
         before, accuracies = _along(step, LinearPath(reference, weights), batch)
         after, aligned_accuracies = (before, accuracies)
         if alignment.moved:
@@ -119,14 +120,14 @@ class ConnectivityMonitor(Monitor):
             **{f"connectivity/{name}_middle": float(values[len(values) // 2]) for name, values in accuracies.items()},
             **{f"connectivity/{name}_middle_aligned": float(v[len(v) // 2]) for name, v in aligned_accuracies.items()},
         }
-        for name, distance in neuron_distances(step.module, aligned, reference).items():
+        has_layers = bool(layer_neurons(step.module, theirs))
+        for name, distance in (neuron_distances(step.module, third, theirs) if has_layers else {}).items():
             numbers[f"connectivity/wasserstein/{name}"] = distance.wasserstein
             numbers[f"connectivity/energy/{name}"] = distance.energy
             numbers[f"connectivity/paired/{name}"] = distance.paired
         self._drawn["connectivity/path"] = partial(
             path_figure, before.alphas, before.losses, after.losses, None, self.task
         )
-        third = _parameters(step.module, aligned)
         if trainer.loggers and is_plane(theirs, ours, third):
             name_of_other = "previous" if self.reference is None else "reference"
             # What is no parameter, such as running variances, has no place in a distance of the weights.

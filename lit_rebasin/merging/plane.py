@@ -48,10 +48,12 @@ def loss_plane(
         margin: How far it goes beyond the three, as a share of their extent.
 
     Raises:
-        ValueError: If the three differ in names or shapes, lie on a line, or there are fewer than 2 points.
+        ValueError: If the three differ in names or shapes, lie on a line, there are fewer than 2 points, or the margin is below 0.
     """
     if points < 2:
         raise ValueError(f"points must be at least 2, got {points}.")
+    if not margin >= 0:
+        raise ValueError(f"margin must be at least 0, got {margin}.")
     for other in (second, third):
         check_same_architecture(other, first)
     origin = {name: tensor.detach() for name, tensor in first.items()}

@@ -7,6 +7,7 @@ from math import inf, log10
 import torch
 from torch import Tensor, nn
 
+from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.metrics.tracks import WEIGHTED
 from lit_rebasin.transport import energy_distance, wasserstein_distance
 
@@ -85,9 +86,17 @@ def neuron_distances(
 
     Returns:
         By layer; those of more than 4,096 neurons, whose exact pairing would take minutes, are left out.
+
+    Raises:
+        ValueError: If the two networks differ in names or shapes, or the module has no linear layer or convolution whose weights they have.
     """
+    check_same_architecture(weights, reference)
     theirs = layer_neurons(module, reference)
     ours = {name: points for name, points in layer_neurons(module, weights).items() if len(points) <= _WIDEST}
+    if not theirs:
+        raise ValueError(
+            "No linear layer or convolution of the module has its weights among those given, by their names."
+        )
     return {
         name: NeuronDistance(
             wasserstein_distance(points, theirs[name])[0],

@@ -538,6 +538,9 @@ def test_a_network_without_layers_is_trained_all_the_same(tmp_path):
 
     with pytest.warns(UserWarning, match="could not measure task 0: training_step calls no nn.Linear"):
         assert fit(tmp_path, FeatureLearningMonitor(), Bare()).current_epoch == 2
+    monitor = ConnectivityMonitor(reference=Bare())
+    fit(tmp_path, monitor, Bare())
+    assert "connectivity/barrier" in monitor.history[0]
 
 
 def test_manual_optimization_is_refused(tmp_path):

@@ -88,6 +88,15 @@ def test_the_order_of_neurons_counts_for_the_pairs_alone():
     assert found.paired > 0.1
 
 
+def test_networks_that_do_not_fit_each_other():
+    model = network(0)
+    weights = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"4\.weight"):
+        neuron_distances(model, weights, {**weights, "4.weight": torch.zeros(2, 16)})
+    with pytest.raises(ValueError, match="No linear layer or convolution"):
+        neuron_distances(nn.Tanh(), weights, weights)
+
+
 def test_the_width_bound_is_a_power_of_the_error():
     assert width_bound(3, 0.01) == pytest.approx(6)  # a million neurons
     assert width_bound(0, 0.5) == 0
