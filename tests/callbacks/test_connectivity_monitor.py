@@ -1,0 +1,161 @@
+"""Connectivity against loss_barrier and planted permutations."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lit_rebasin import (
+    ConnectivityMonitor,
+    LinearPath,
+    effective_dimension,
+    loss_barrier,
+    permutation_spec,
+    permute,
+)
+from lit_rebasin.metrics import width_bound
+
+from .monitored import Plain, X, Y, fit, whole
+from .user_code import UserModule, Walk, make_trainer
+
+
+def test_connectivity_is_measured_where_a_task_ends(tmp_path):
+    monitor = ConnectivityMonitor()
+    make_trainer(tmp_path, monitor, max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(
+        UserModule(), datamodule=Walk()
+    )
+    assert [(entry["task"], entry["epoch"]) for entry in monitor.history] == [(0, 1), (1, 3)]
+    assert "connectivity/barrier" not in monitor.history[0]
+    assert "connectivity/barrier" in monitor.history[1]
+
+
+def test_connectivity_with_a_twin_that_was_permuted(tmp_path):
+    module = Plain(rate=0.0)
+    spec = permutation_spec(nn.Sequential(module.net, module.head), X[:2])
+    drawn = {name: torch.randperm(group.size) for name, group in spec.groups.items()}
+    twin = copy.deepcopy(module)
+    moved = permute(nn.Sequential(twin.net, twin.head), spec, drawn)
+    twin.net, twin.head = moved[0], moved[1]
+    monitor = ConnectivityMonitor(reference=twin, examples=60)
+    fit(tmp_path, monitor, module)
+    found = monitor.history[-1]
+    assert found["connectivity/moved"] > 5
+    path = LinearPath(nn.Sequential(twin.net, twin.head), nn.Sequential(module.net, module.head))
+    measured = loss_barrier(path, [(X, Y)])
+    assert found["connectivity/barrier"] == pytest.approx(measured.barrier, rel=1e-4)
+    assert found["connectivity/area"] == pytest.approx(measured.area, rel=1e-4)
+    assert found["connectivity/train_acc_middle"] == pytest.approx(float(measured.accuracies[10]), abs=1e-6)
+    assert measured.barrier > 0.02
+    assert found["connectivity/barrier_aligned"] == pytest.approx(0, abs=1e-5)
+    for layer in ("net.0", "net.2", "net.4", "head"):
+        for distance in ("wasserstein", "energy", "paired"):
+            assert found[f"connectivity/{distance}/{layer}"] == pytest.approx(0, abs=1e-3)
+
+
+def test_connectivity_is_with_the_network_that_the_task_began_with(tmp_path):
+    module, monitor = Plain(rate=0.5), ConnectivityMonitor(examples=60)
+    fit(tmp_path, monitor, module)
+    before = copy.deepcopy(module)
+    fit(tmp_path, monitor, module, max_epochs=6)
+    path = LinearPath(nn.Sequential(before.net, before.head), nn.Sequential(module.net, module.head))
+    measured = loss_barrier(path, [(X, Y)])
+    found = monitor.history[-1]
+    assert found["connectivity/area"] == pytest.approx(measured.area, rel=1e-3)
+    gap = torch.cat([module.head.weight - before.head.weight, (module.head.bias - before.head.bias)[:, None]], 1)
+    assert found["connectivity/paired/head"] == pytest.approx(float(gap.square().sum(1).mean()) ** 0.5, rel=1e-4)
+
+
+def test_a_reference_of_another_architecture(tmp_path):
+    with pytest.raises(ValueError, match="net"):
+        fit(tmp_path, ConnectivityMonitor(reference=nn.Linear(3, 2)), Plain())
+
+
+def planted(module):
+    """A copy of a module with its neurons in another order, which computes the same."""
+    spec = permutation_spec(nn.Sequential(module.net, module.head), X[:2])
+    drawn = {name: torch.randperm(group.size) for name, group in spec.groups.items()}
+    twin = copy.deepcopy(module)
+    moved = permute(nn.Sequential(twin.net, twin.head), spec, drawn)
+    twin.net, twin.head = moved[0], moved[1]
+    return twin
+
+
+def test_connectivity_of_what_is_aligned(tmp_path):
+    """A permuted twin that was moved a little: aligned it is on a path of its own, as loss_barrier measures it."""
+    module = Plain(rate=0.0)
+    near = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    logger = TensorBoardLogger(tmp_path)
+    monitor = ConnectivityMonitor(reference=planted(near), examples=60)
+    fit(tmp_path, monitor, module, logger=logger)
+    found = monitor.history[-1]
+    path = LinearPath(nn.Sequential(near.net, near.head), nn.Sequential(module.net, module.head))
+    measured = loss_barrier(path, [(X, Y)])
+    assert found["connectivity/area_aligned"] == pytest.approx(measured.area, abs=1e-6)
+    assert found["connectivity/train_acc_middle_aligned"] == pytest.approx(float(measured.accuracies[10]), abs=1e-6)
+    assert found["connectivity/energy/net.0"] != pytest.approx(found["connectivity/wasserstein/net.0"], rel=0.05)
+    figures = {tag: draw() for tag, draw in monitor._figures().items()}
+    before, after = (line.get_ydata() for line in figures["connectivity/path"].axes[0].lines[:2])
+    assert max(after) < max(before)
+    axes = figures["connectivity/plane"].axes[0]
+    corners = {text.get_text(): line.get_xydata()[0] for text, line in zip(axes.texts, axes.lines, strict=True)}
+    gap = math.dist(corners["reference"], corners["aligned"])
+    wanted = (
+        sum(float((p - q).square().sum()) for p, q in zip(near.parameters(), module.parameters(), strict=True)) ** 0.5
+    )
+    assert gap == pytest.approx(wanted, rel=1e-3)
+    logger.finalize("success")
+    assert "connectivity/plane" in EventAccumulator(logger.log_dir).Reload().Tags()["images"]
+
+
+def test_a_twin_that_is_the_same_but_for_its_order_has_no_plane_and_no_error(tmp_path):
+    module = Plain(rate=0.0)
+    monitor = ConnectivityMonitor(reference=planted(module), examples=60)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*could not measure.*")
+        fit(tmp_path, monitor, module, logger=TensorBoardLogger(tmp_path))
+    assert monitor.history
+    assert "connectivity/plane" not in monitor._figures()
+
+
+def test_effective_dimensions_and_bounds_are_those_of_the_layers(tmp_path):
+    module, monitor = Plain(), ConnectivityMonitor()
+    fit(tmp_path, monitor, module)
+    found = monitor.history[0]
+    for name, layer in (("net.0", module.net[0]), ("head", module.head)):
+        points = torch.cat([layer.weight, layer.bias[:, None]], 1)
+        assert found[f"connectivity/effective_dimension/{name}"] == pytest.approx(effective_dimension(points))
+    bound = width_bound(found["connectivity/effective_dimension/net.2"], 0.05)
+    assert found["connectivity/log10_width_bound/net.2"] == pytest.approx(bound)
+    assert "connectivity/log10_width_bound/head" not in found  # its outputs are no neurons
+
+    class Other(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net[1] = nn.Sigmoid()  # not 0 at 0
+
+    monitor = ConnectivityMonitor()
+    fit(tmp_path, monitor, Other())
+    assert not any("bound" in tag for tag in monitor.history[0])
+
+
+def test_connectivity_goes_on_after_a_resumed_fit(tmp_path):
+    monitor, module = ConnectivityMonitor(examples=60), Plain(rate=0.5)
+    fit(tmp_path, monitor, module)
+    trainer = make_trainer(tmp_path, monitor, max_epochs=2)
+    trainer.fit(module, whole())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    trainer = make_trainer(tmp_path, monitor, max_epochs=4)
+    other = ConnectivityMonitor(examples=60)
+    saved = copy.deepcopy(monitor.state_dict())
+    other.load_state_dict(saved)
+    assert other.state_key == monitor.state_key != ConnectivityMonitor(reference=module).state_key
+    assert all(torch.equal(other._begun[name], tensor) for name, tensor in monitor._begun.items())
+    assert other._finished == 2

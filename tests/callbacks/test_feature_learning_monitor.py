@@ -1,0 +1,123 @@
+"""Feature learning against the feature speed formula."""
+
+import copy
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_rebasin import (
+    ConnectivityMonitor,
+    FeatureLearningMonitor,
+)
+
+from .monitored import Plain, X, Y, fit
+
+
+def test_feature_speed_formula_holds_for_a_small_step(tmp_path):
+    """cos * |df| * |b| is what the layers up to it take off the loss: the sum of rate * |gradient|^2 (Chizat and Netrapalli, theorem 2.1)."""
+    rate = 1e-4
+    module, monitor = Plain(rate).double(), FeatureLearningMonitor(examples=60)
+    network = nn.Sequential(copy.deepcopy(module.net), copy.deepcopy(module.head))
+    cross_entropy(network(X.double()), Y).backward()
+    loaders = DataLoader(TensorDataset(X.double(), Y), batch_size=60)
+    fit(tmp_path, monitor, module, loaders, max_epochs=1, precision="64-true")
+    decay, found = 0.0, monitor.history[0]
+    for name, layer in (
+        ("net.0", network[0][0]),
+        ("net.2", network[0][2]),
+        ("net.4", network[0][4]),
+        ("head", network[1]),
+    ):
+        decay += rate * sum(float(p.grad.square().sum()) for p in layer.parameters())
+        speed, cosine, forward, backward = (
+            found[f"feature_learning/{one}/{name}"] for one in ("speed", "cosine", "forward", "backward")
+        )
+        entries = 60 * layer.out_features
+        assert cosine * speed * forward * backward * entries == pytest.approx(decay, rel=1e-3)
+        assert 0 < cosine <= 1 + 1e-9
+
+
+def test_feature_learning_sees_the_step_itself(tmp_path):
+    """With momentum, weight decay and gradients that are accumulated, what counts is where the optimizer goes."""
+    module, monitor = Plain(), FeatureLearningMonitor(examples=60)
+    before = copy.deepcopy(module)
+    fit(
+        tmp_path,
+        monitor,
+        module,
+        DataLoader(TensorDataset(X, Y), batch_size=20),
+        max_epochs=1,
+        accumulate_grad_batches=3,
+    )
+    with torch.no_grad():
+        features = [net.net[0](X[:20]) for net in (before, module)]
+    speed = float((features[1] - features[0]).norm() / features[0].norm())
+    assert monitor.history[0]["feature_learning/speed/net.0"] == pytest.approx(speed, rel=1e-4)
+
+
+def test_a_layer_that_stands_still_is_named(tmp_path):
+    class Still(Plain):
+        def configure_optimizers(self):
+            slow = [{"params": self.net[0].parameters(), "lr": 0.0}]
+            rest = [p for name, p in self.named_parameters() if not name.startswith("net.0.")]
+            return torch.optim.SGD([*slow, {"params": rest, "lr": 0.1}], lr=0.1)
+
+    monitor = FeatureLearningMonitor()
+    with pytest.warns(UserWarning, match=r"Layer net\.0 stands still: .*suggest_scales") as caught:
+        fit(tmp_path, monitor, Still(), max_epochs=3)
+    assert sum("stands still" in str(w.message) for w in caught) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stands still.*")
+        fit(tmp_path, FeatureLearningMonitor(), Plain())
+
+
+def test_a_network_without_layers_is_trained_all_the_same(tmp_path):
+    class Bare(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 6))
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(batch[0] @ self.weight.T, batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match="could not measure task 0: training_step calls no nn.Linear"):
+        assert fit(tmp_path, FeatureLearningMonitor(), Bare()).current_epoch == 2
+    monitor = ConnectivityMonitor(reference=Bare())
+    fit(tmp_path, monitor, Bare())
+    assert "connectivity/barrier" in monitor.history[0]
+
+
+def test_a_slow_layer_is_not_a_still_one_and_a_still_one_has_its_reason(tmp_path):
+    class Rates(Plain):
+        def __init__(self, rate_of_first, detached=False):
+            super().__init__()
+            self.rate_of_first, self.detached = rate_of_first, detached
+
+        def training_step(self, batch, batch_idx):
+            if not self.detached:
+                return super().training_step(batch, batch_idx)
+            return cross_entropy(self.head(self.net(batch[0]).detach()), batch[1])
+
+        def configure_optimizers(self):
+            rest = [p for name, p in self.named_parameters() if not name.startswith("net.0.")]
+            groups = [{"params": self.net[0].parameters(), "lr": self.rate_of_first}, {"params": rest}]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stands still.*")
+        fit(tmp_path, FeatureLearningMonitor(), Rates(0.01))
+    with pytest.warns(UserWarning, match=r"Layer net\.0 stands still: .*the gradient that comes back to it is \d"):
+        fit(tmp_path, FeatureLearningMonitor(), Rates(0.0))
+    with pytest.warns(UserWarning, match="stands still") as caught:  # three of four layers
+        fit(tmp_path, FeatureLearningMonitor(), Rates(0.1, detached=True))
+    texts = [str(warning.message) for warning in caught if "stands still" in str(warning.message)]
+    assert sorted(text.split()[1] for text in texts) == ["net.0", "net.2", "net.4"]
+    assert all("no gradient comes back to it" in text for text in texts)

@@ -1,0 +1,48 @@
+"""Geodesics against the functions that define them."""
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lit_rebasin import (
+    GeodesicMonitor,
+    line_shape_scores,
+    optimal_transport_score,
+)
+
+from .monitored import Plain, X, fit
+
+
+def test_geodesic_scores_are_those_of_the_trained_network(tmp_path):
+    module, monitor = Plain(), GeodesicMonitor(examples=40)
+    fit(tmp_path, monitor, module)
+    track = [X[:40]]
+    with torch.no_grad():
+        for layer in module.net:
+            track.append(layer(track[-1]))
+    through = track[2::2]  # the three tanh layers
+    score, matched = optimal_transport_score(through[0], through[-1])
+    found = monitor.history[-1]
+    assert found["geodesic/line_shape_score/net.1"] == pytest.approx(float(line_shape_scores(through).mean()), rel=1e-5)
+    assert found["geodesic/optimal_transport_score/net.1"] == pytest.approx(score, rel=1e-5)
+    assert found["geodesic/matched/net.1"] == pytest.approx(matched, abs=1e-6)
+
+
+def test_geodesic_layers_are_chosen_by_name(tmp_path):
+    monitor = GeodesicMonitor(layers=["net.0", "net.2", "head"])
+    fit(tmp_path, monitor, Plain())
+    assert "geodesic/line_shape_score/net.0" in monitor.history[0]
+    with pytest.raises(MisconfigurationException, match=r"names 'nat', which Plain does not have; it has net, net\.0"):
+        fit(tmp_path, GeodesicMonitor(layers=["net.0", "nat", "head"]), Plain())
+
+
+def test_a_network_without_a_track_is_trained_all_the_same(tmp_path):
+    class Linear(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Identity()
+            self.head = nn.Linear(6, 3)
+
+    with pytest.warns(UserWarning, match="no three layers"):
+        assert fit(tmp_path, GeodesicMonitor(), Linear()).current_epoch == 2
