@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lit_rebasin.alignment import check_same_architecture, weight_matching
+from lit_rebasin.alignment import weight_matching
 from lit_rebasin.callbacks.monitor import Monitor
+from lit_rebasin.callbacks.reference import Reference, as_weights_of, held_weights
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.callbacks.step_spec import step_spec
 from lit_rebasin.merging import LinearPath, PathLosses, is_plane, loss_plane
@@ -27,6 +28,8 @@ from lit_rebasin.metrics import (
 )
 from lit_rebasin.symmetry import permute
 
+T = TypeVar("T")
+
 # What the width bound allows the outputs on a path to be off by.
 _ERROR = 0.05
 # Layers that the theory covers: linear ones, and functions with slope at most 1 that are 0 at 0.
@@ -39,12 +42,12 @@ class ConnectivityMonitor(Monitor):
 
     The other network is the one that the task began with, or one that is given, such as a twin of another run. Put this callback before
     ``RebasinMerge`` to see the network as it was trained and not the merge. The network is aligned by weight matching. Tags begin with
-    ``connectivity/``; see ``docs/connectivity.md``. The first task is compared with nothing but a network that is given. Behind
-    ``RebasinMerge(start="fresh")`` the network that a task begins with is the fresh one.
+    ``connectivity/``, where a network is given with ``connectivity_reference/``; see ``docs/connectivity.md``. The first task is compared with
+    nothing but a network that is given. Behind ``RebasinMerge(start="fresh")`` the network that a task begins with is the fresh one.
 
     Args:
-        reference: The other network: a module of the same architecture, or its parameters and buffers by name, as the LightningModule has them.
-            Default: the network that the task began with.
+        reference: The other network: a module of the same architecture, its state dict, or the path of a checkpoint, of which no code is run;
+            of the LightningModule, or of the network in it. Default: the network that the task began with.
         every_n_epochs: How many epochs lie between two measurements; ``None`` for the ends of tasks alone.
         examples: How many examples are kept aside.
 
@@ -52,7 +55,7 @@ class ConnectivityMonitor(Monitor):
         history: One entry a measurement: the epoch, the task and the numbers.
 
     Raises:
-        ValueError: When the fit begins, if the reference is of another architecture.
+        ValueError: If a checkpoint cannot be read; and when the fit begins, if the reference is of another architecture.
 
     Example::
 
@@ -61,15 +64,12 @@ class ConnectivityMonitor(Monitor):
 
     def __init__(
         self,
-        reference: nn.Module | Mapping[str, Tensor] | None = None,
+        reference: Reference | None = None,
         every_n_epochs: int | None = None,
         examples: int = 256,
     ) -> None:
         super().__init__(every_n_epochs, examples)
-        given = weights_of(reference) if isinstance(reference, nn.Module) else reference
-        self.reference = (
-            None if given is None else {name: tensor.detach().cpu().clone() for name, tensor in given.items()}
-        )
+        self.reference = None if reference is None else held_weights(reference)
         self._begun: dict[str, Tensor] | None = None  # the network that the task began with
         self._drawn: dict[str, Callable[[], Figure]] = {}
         self._at_start = -1
@@ -79,7 +79,7 @@ class ConnectivityMonitor(Monitor):
         """Refuse a reference of another architecture before anything is trained."""
         super().on_fit_start(trainer, pl_module)
         if self.reference is not None:
-            check_same_architecture(weights_of(pl_module), self.reference)
+            self.reference = as_weights_of(pl_module, self.reference)
 
     @override
     def on_train_batch_start(
@@ -100,7 +100,7 @@ class ConnectivityMonitor(Monitor):
         reference = self.reference if self.reference is not None else self._begun
         self._drawn = {}
         if reference is None:
-            return numbers
+            return self._named(numbers)
         reference = {name: reference[name].to(tensor.device) for name, tensor in weights.items()}
         spec = step_spec(step, batch)
         ours, theirs = (_parameters(step.module, one) for one in (weights, reference))
@@ -135,7 +135,7 @@ class ConnectivityMonitor(Monitor):
                 theirs, ours, third, lambda one: step.mean({**weights, **one}, [batch])[0], points=_PLANE
             )
             self._drawn["connectivity/plane"] = partial(plane_figure, plane, (name_of_other, "new", "aligned"))
-        return numbers
+        return self._named(numbers)
 
     @property
     @override
@@ -156,7 +156,12 @@ class ConnectivityMonitor(Monitor):
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], Figure]]:
-        return self._drawn
+        return self._named(self._drawn)
+
+    def _named(self, found: Mapping[str, T]) -> dict[str, T]:
+        """Return tags that tell a given reference from the network that the task began with, for a Trainer may watch both."""
+        prefix = "connectivity/" if self.reference is None else "connectivity_reference/"
+        return {prefix + tag.removeprefix("connectivity/"): value for tag, value in found.items()}
 
 
 def _along(step: StepLoss, path: LinearPath, batch: Any) -> tuple[PathLosses, dict[str, Tensor]]:

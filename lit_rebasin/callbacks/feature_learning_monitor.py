@@ -17,7 +17,7 @@ from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.continual.task_end import task_ends
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.metrics import FeatureSpeed, feature_speed_figure, recorded
-from lit_rebasin.metrics.tracks import WEIGHTED
+from lit_rebasin.metrics.tracks import SEQUENTIAL, WEIGHTED
 
 # A layer whose features change by less than this share of what those of the fastest layer do stands still.
 _STILL = 1e-4
@@ -27,9 +27,9 @@ _NUMBERS = ("speed", "cosine", "forward", "backward")
 class FeatureLearningMonitor(Monitor):
     """Log how far one step of training moves the features of every layer (Chizat and Netrapalli, NeurIPS 2024).
 
-    For each linear layer and convolution, at the first step of an epoch: ``speed``, the relative change of its outputs; ``cosine``, of the
-    angle between the change and minus the gradient of the loss with respect to them; ``forward`` and ``backward``, the root mean square of the
-    outputs and of that gradient. Tags are ``feature_learning/speed/`` and so on, followed by the layer, and the picture
+    For each linear, convolutional, recurrent and attention layer, at the first step of an epoch: ``speed``, the relative change of its outputs;
+    ``cosine``, of the angle between the change and minus the gradient of the loss with respect to them; ``forward`` and ``backward``, the root
+    mean square of the outputs and of that gradient. Tags are ``feature_learning/speed/`` and so on, followed by the layer, and the picture
     ``feature_learning/speed``; see ``docs/feature_learning.md``. A layer that stands still is named in a warning, once.
 
     Args:
@@ -135,10 +135,10 @@ def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tenso
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     if not calls:
         raise ValueError(
-            "training_step calls no nn.Linear and no convolution as a module; those inside a compiled one are not seen."
+            "training_step calls no linear, convolutional, recurrent or attention layer as a module; those inside a compiled one are not seen."
         )
     return {call.name: (call.output, gradients.get(call.name, torch.zeros_like(call.output))) for call in calls}
 
 
 def _layers(step: StepLoss) -> list[str]:
-    return [name for name, module in step.module.named_modules() if isinstance(module, WEIGHTED)]
+    return [name for name, module in step.module.named_modules() if isinstance(module, (*WEIGHTED, *SEQUENTIAL))]

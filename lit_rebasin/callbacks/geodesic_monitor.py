@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
-from lit_rebasin.callbacks.monitor import Monitor, first_examples
+from lit_rebasin.callbacks.kept_examples import first_examples
+from lit_rebasin.callbacks.monitor import Monitor
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.metrics import (
     line_shape_scores,
@@ -41,6 +42,11 @@ class GeodesicMonitor(Monitor):
 
     Attributes:
         history: One entry a measurement: the epoch, the task and the numbers.
+        tracks: By the first layer of each track, the names of all that it goes through, as of the last measurement.
+
+    Raises:
+        TypeError: If ``layers`` is one string.
+        ValueError: If ``layers`` names fewer than three, or one twice.
 
     Example::
 
@@ -49,8 +55,9 @@ class GeodesicMonitor(Monitor):
 
     def __init__(self, layers: Sequence[str] | None = None, every_n_epochs: int = 1, examples: int = 128) -> None:
         super().__init__(every_n_epochs, examples)
-        self.layers = layers
-        self._tracks: dict[str, list[Tensor]] = {}
+        self.layers = None if layers is None else _checked(layers)
+        self.tracks: dict[str, list[str]] = {}
+        self._points: dict[str, list[Tensor]] = {}
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -65,23 +72,37 @@ class GeodesicMonitor(Monitor):
 
     @override
     def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
+        self._points = {}
         with torch.no_grad():
             # All layers are looked at with two examples, for those that a track goes through are few of them.
             with recorded(step.module) as calls:
                 step.loss(first_examples(batch, 2))
             tracks_of(calls, self.layers)
-            with recorded(step.module, self.layers or track_layers(calls)) as calls:
+            self.tracks = track_layers(calls) if self.layers is None else {self.layers[0]: self.layers}
+            with recorded(step.module, [name for names in self.tracks.values() for name in names]) as calls:
                 step.loss(batch)
-        self._tracks = {name: same_space(track) for name, track in tracks_of(calls, self.layers).items()}
+        tracks = {name: same_space(track) for name, track in tracks_of(calls, self.layers).items()}
         numbers: dict[str, float] = {}
-        for name, track in self._tracks.items():
+        for name, track in tracks.items():
             score, own = optimal_transport_score(track[0], track[-1])
             numbers[f"geodesic/line_shape_score/{name}"] = float(line_shape_scores(track).mean())
             numbers[f"geodesic/optimal_transport_score/{name}"] = score
             numbers[f"geodesic/matched/{name}"] = own
-        self._tracks = {name: [points[:_DRAWN].cpu() for points in track] for name, track in self._tracks.items()}
+        self._points = {name: [points[:_DRAWN].cpu() for points in track] for name, track in tracks.items()}
         return numbers
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], Figure]]:
-        return {"geodesic/tracks": partial(tracks_figure, self._tracks)} if self._tracks else {}
+        return {"geodesic/tracks": partial(tracks_figure, self._points)} if self._points else {}
+
+
+def _checked(layers: Sequence[str]) -> list[str]:
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a list of names of modules, got the string {layers!r}.")
+    if len(layers) < 3:
+        raise ValueError(f"layers must name at least 3 modules, for two points lie on a line; got {list(layers)}.")
+    if twice := [name for index, name in enumerate(layers) if name in layers[:index]]:
+        raise ValueError(
+            f"layers names {twice[0]!r} twice; of a module that is called more than once, the first call counts."
+        )
+    return list(layers)

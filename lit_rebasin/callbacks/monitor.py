@@ -10,10 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lit_rebasin.callbacks.kept_examples import KeptExamples
 from lit_rebasin.callbacks.log_figure import log_figure
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
 from lit_rebasin.continual.task_end import epochs_per_task, task_ends
@@ -23,7 +22,7 @@ class Monitor(Callback):
     """Measures something on examples kept aside, and leaves the training as it is.
 
     The examples are the first of the validation of the task in hand, if there was one before (Lightning's sanity check is one) and
-    ``training_step`` takes them too, else of the first training batch of the task. The network runs with dropout off and BatchNorm on the
+    ``training_step`` takes them too, else of the first training batches of the task. The network runs with dropout off and BatchNorm on the
     statistics of the batch; of the LightningModule only ``training_step`` is asked.
 
     Args:
@@ -46,8 +45,8 @@ class Monitor(Callback):
         self._reasons: set[str] = set()  # why a measurement has failed
         self._epoch = 0  # of the last batch; at the end of a fit the Trainer counts one more
         self._unfinished = False  # whether the task in hand has not been measured at its end
-        self._training: Any = None  # examples of the task in hand
-        self._validation: dict[int, Any] = {}  # by loader, on the CPU
+        self._training: KeptExamples | None = None  # of the task in hand
+        self._validation: dict[int, KeptExamples] = {}  # by loader, on the CPU
         self._usable: bool | None = None  # whether training_step takes them, once that is known
 
     @override
@@ -74,9 +73,11 @@ class Monitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first examples of every loader; nothing is drawn for it."""
-        if batch_idx == 0 and self._usable is not False:
-            held = first_examples(batch, self.examples)
-            self._validation[dataloader_idx] = pytree.tree_map_only(Tensor, Tensor.cpu, held)
+        if self._usable is False:
+            return
+        if batch_idx == 0 or dataloader_idx not in self._validation:
+            self._validation[dataloader_idx] = KeptExamples(self.examples)
+        self._validation[dataloader_idx].add(batch, torch.device("cpu"))
 
     @override
     def on_train_batch_start(
@@ -85,7 +86,8 @@ class Monitor(Callback):
         """Note which task is trained, and keep its first examples."""
         task = self._task_of(trainer)
         if task != self.task or self._training is None:
-            self._training = first_examples(batch, self.examples)
+            self._training = KeptExamples(self.examples)
+        self._training.add(batch)
         self.task, self._epoch, self._unfinished = task, trainer.current_epoch, True
 
     @override
@@ -164,14 +166,15 @@ class Monitor(Callback):
 
     def _examples(self, trainer: "pl.Trainer", step: StepLoss) -> Any:
         """Return the examples that are kept aside for the task in hand; called inside :meth:`StepLoss.quiet`."""
+        training = self._training.batch if self._training else None
         if self._usable is False or not self._validation:
-            return self._training
+            return training
         loader = max((index for index in self._validation if index <= self.task), default=min(self._validation))
         strategy, device = trainer.strategy, trainer.lightning_module.device
-        held = strategy.batch_to_device(self._validation[loader], device, dataloader_idx=0)
+        held = strategy.batch_to_device(self._validation[loader].batch, device, dataloader_idx=0)
         if self._usable is None:
             self._usable = self._takes(step, held)
-        return held if self._usable else self._training
+        return held if self._usable else training
 
     def _takes(self, step: StepLoss, held: Any) -> bool:
         """Return whether ``training_step`` can work with examples of the validation, which may be of another form."""
@@ -189,12 +192,3 @@ class Monitor(Callback):
 def _step(trainer: "pl.Trainer") -> int:
     """Return the optimizer step, as the curves of the module count it."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def first_examples(batch: Any, count: int) -> Any:
-    """Return copies of the first examples of a batch, whatever its structure."""
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    size = len(tensors[0]) if tensors else 0
-    return pytree.tree_map_only(
-        Tensor, lambda tensor: (tensor[:count] if tensor.ndim and len(tensor) == size else tensor).clone(), batch
-    )

@@ -21,8 +21,9 @@ class SharpnessMonitor(Monitor):
     """Log the largest eigenvalue of the Hessian of the training loss, and its trace.
 
     By Lanczos iteration and Hutchinson's estimator, on Hessian-vector products of ``training_step``, with respect to the parameters that are
-    trained. Tags are ``sharpness/eigenvalue``, ``sharpness/trace`` and ``sharpness/trace_error``, the standard error of the trace; see
-    ``docs/curvature.md``. Put this callback before ``RebasinMerge`` to see the network as it was trained and not the merge.
+    trained. Tags are ``sharpness/eigenvalue`` and ``sharpness/residual``, within which an eigenvalue of the Hessian lies, and
+    ``sharpness/trace`` and ``sharpness/trace_error``, the standard error of the trace; see ``docs/curvature.md``. Put this callback before
+    ``RebasinMerge`` to see the network as it was trained and not the merge.
 
     The iteration ends after 30 products at the latest, and what it has then is a lower bound.
 
@@ -55,6 +56,7 @@ class SharpnessMonitor(Monitor):
         trace = hessian_trace(loss, trained, _SAMPLES, seed=self.seed)
         return {
             "sharpness/eigenvalue": float(top.values[0]),
+            "sharpness/residual": float(top.residuals[0]),
             "sharpness/trace": trace.mean,
             "sharpness/trace_error": trace.standard_error,
         }

@@ -1,6 +1,6 @@
 """What a benchmark refuses before anything is run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,12 +41,13 @@ def check_benchmark(cli: ContinualCLI) -> tuple[list[str], list[int], dict[str, 
             "--processes runs methods and seeds side by side, --parallel_tasks the tasks of each: choose one"
         )
     configured = {method: cli.for_method(method) for method in methods}
+    baselines = [method for method in methods if METHODS[method].baseline]
     for method, own in configured.items():
         check_trainer(vars(own.config.trainer), own.config.data.epochs_per_task)
         check_methods([method], own.config.data.replay_per_class, "benchmark")
         _check_options(method, own)
-        if METHODS[method].baseline:
-            _check_baselines(vars(own.config.trainer))
+        if method in baselines:
+            _check_baselines(vars(own.config.trainer), baselines)
         if own.config.parallel_tasks > 1 and METHODS[method].merge is not None:
             check_parallel(own, method)
     return methods, seeds, configured
@@ -83,7 +84,7 @@ def _check_mc_sgd(options: dict[str, Any]) -> None:
     ModeConnectivity(**options)
 
 
-def _check_baselines(options: Mapping[str, Any]) -> None:
+def _check_baselines(options: Mapping[str, Any], baselines: Sequence[str]) -> None:
     """Raise a `UsageError` for arguments of the Trainer that Avalanche's loops would not heed beside ours."""
     unheeded = {
         "limit_train_batches": not is_all(options["limit_train_batches"]),
@@ -95,8 +96,8 @@ def _check_baselines(options: Mapping[str, Any]) -> None:
     for name, is_unheeded in unheeded.items():
         if is_unheeded:
             raise UsageError(
-                f"trainer.{name} {_shown(options[name])} would not concern the methods that Avalanche runs; leave it out, or leave "
-                "them out of methods"
+                f"trainer.{name} {_shown(options[name])} would not concern {', '.join(baselines)}, which Avalanche runs; leave it out, "
+                "or leave them out of --methods"
             )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lit_rebasin.cli.checkpoints import load_weights, read_checkpoint
+from lit_rebasin.cli.checkpoints import load_weights, open_checkpoint
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.network import build, example_input, imported, trace
 from lit_rebasin.symmetry import Axis, PermutationSpec
@@ -51,7 +51,7 @@ def run_inspect(arguments: Sequence[str]) -> None:
     """Find, check and print the symmetries of a network."""
     options, words = _options(list(arguments))
     target = imported(options.model)
-    held = None if options.checkpoint is None else read_checkpoint(options.checkpoint)
+    held = None if options.checkpoint is None else open_checkpoint(options.checkpoint)
     model = build("inspect", options.model, target, words, held.arguments if held else {})
     example = example_input("inspect", options.input)
     if held is not None:

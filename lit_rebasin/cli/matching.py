@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rebasin.alignment import Alignment, align
-from lit_rebasin.cli.checkpoints import load_weights, read_checkpoint
+from lit_rebasin.cli.checkpoints import load_weights, open_checkpoint
 from lit_rebasin.cli.command_line import PICTURES, Words, check_data
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.examples import Examples, check_labels, read_examples
@@ -65,7 +65,7 @@ def prepare(command: str, words: Words) -> Setting:
     """Load every checkpoint into the architecture, read the data, and trace the symmetries of the last one."""
     options = words.options
     target = imported(options.model)
-    checkpoints = [read_checkpoint(file) for file in options.checkpoints]
+    checkpoints = [open_checkpoint(file) for file in options.checkpoints]
     built = build(command, options.model, target, words.model, checkpoints[0].arguments).eval()
     if any(_is_double(value) for checkpoint in checkpoints for value in checkpoint.weights.values()):
         built = built.double()

@@ -48,7 +48,8 @@ def loss_plane(
         margin: How far it goes beyond the three, as a share of their extent.
 
     Raises:
-        ValueError: If the three differ in names or shapes, lie on a line, there are fewer than 2 points, or the margin is below 0.
+        ValueError: If the three differ in names or shapes, lie on a line, there are fewer than 2 points, the margin is below 0,
+            or the loss is not one number.
     """
     if points < 2:
         raise ValueError(f"points must be at least 2, got {points}.")
@@ -66,15 +67,18 @@ def loss_plane(
     corners = torch.tensor([[0.0, 0.0], [length, 0.0], [on_line, height]], dtype=torch.float64)
     x, y = (_grid(corners[:, axis], points, margin) for axis in (0, 1))
 
-    def at(left: float, up: float) -> dict[str, Tensor]:
+    def measured(left: float, up: float) -> float:
         # In the basis of the two differences: the second is what remains of it off the line.
         share = up / height
         step = left / length - share * on_line / length
         moved = {name: origin[name] + step * along[name] + share * across[name] for name in along}
-        return {**origin, **moved}
+        value = loss({**origin, **moved})
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"loss must return one number, such as a mean, got shape {tuple(value.shape)}.")
+        return float(value)
 
     with torch.no_grad():
-        values = [[float(loss(at(left, up))) for left in x.tolist()] for up in y.tolist()]
+        values = [[measured(left, up) for left in x.tolist()] for up in y.tolist()]
     return PlaneLosses(x, y, torch.tensor(values, dtype=torch.float64), corners)
 
 

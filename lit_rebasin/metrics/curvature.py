@@ -63,14 +63,12 @@ def hessian_eigenvalues(
         The eigenvalues with their residuals, and whether they converged; if they did not, each is a lower bound.
 
     Raises:
-        TypeError: If a weight is no tensor of floating point, or the loss is no tensor.
+        TypeError: If the weights are no mapping of tensors of floating point, or the loss is no tensor.
         ValueError: If ``count`` is more than there are weights or ``steps``, or the loss is not one number, is NaN or infinite, or does not
             depend on the weights.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}.")
-    if steps < count:
-        raise ValueError(f"steps must be at least count={count}, got {steps}.")
+    _check_whole("count", count, 1)
+    _check_whole("steps", steps, count, f"count={count}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}.")
     products = HessianProducts(loss, weights)
@@ -92,12 +90,16 @@ def hessian_trace(loss: Loss, weights: Mapping[str, Tensor], samples: int = 10, 
         seed: Seed of the vectors; the global random state is not used.
 
     Raises:
-        TypeError: If a weight is no tensor of floating point, or the loss is no tensor.
+        TypeError: If the weights are no mapping of tensors of floating point, or the loss is no tensor.
         ValueError: If there are fewer than 2 samples, or the loss is not one number, is NaN or infinite, or does not depend on the weights.
     """
-    if samples < 2:
-        raise ValueError(f"samples must be at least 2, which the standard error needs, got {samples}.")
+    _check_whole("samples", samples, 2)
     return _trace(HessianProducts(loss, weights), samples, seed)
+
+
+def _check_whole(name: str, number: int, least: int, least_is: str = "") -> None:
+    if type(number) is not int or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least_is or least}, got {number!r}.")
 
 
 def _eigenvalues(products: HessianProducts, count: int, steps: int, tolerance: float, seed: int) -> HessianEigenvalues:
@@ -134,7 +136,7 @@ class Sharpness(Metric):
         **kwargs: Of :class:`~torchmetrics.Metric`.
 
     Raises:
-        TypeError: If the loss is no tensor.
+        TypeError: If the loss is no function, or gives no tensor.
         ValueError: If an argument is out of range, no parameter takes a gradient, or the loss is not one number, is NaN or infinite.
 
     Example::
@@ -165,10 +167,10 @@ class Sharpness(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}.")
-        if samples < 2:
-            raise ValueError(f"samples must be at least 2, got {samples}.")
+        if not callable(loss):
+            raise TypeError(f"loss must be a function of output and target, got a {type(loss).__name__}.")
+        _check_whole("steps", steps, 1)
+        _check_whole("samples", samples, 2)
         self.loss, self.steps, self.samples, self.seed = loss, steps, samples, seed
         for name in ("eigenvalue", "trace", "examples"):  # sums over examples, and how many
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")

@@ -29,7 +29,7 @@ class FeatureSpeed(Metric):
     cosine has to move further.
 
     Vectors of zeros give no NaN: ``speed`` is 0 where nothing moved, and infinite where what moved was zero; ``cosine`` is 0 where there is no
-    update or no gradient. Before any update, all four are NaN.
+    update or no gradient. Before any update all four are NaN, and so is what comes of features or gradients that are NaN.
 
     Args:
         **kwargs: Of :class:`~torchmetrics.Metric`.
@@ -86,8 +86,8 @@ class FeatureSpeed(Metric):
         nothing = torch.where(self.entries > 0, 0.0, float("nan")).to(self.moved)
         lengths = self.moved.sqrt() * self.gradients.sqrt()  # the product of the squares may underflow
         return {
-            "speed": torch.where(self.moved > 0, (self.moved / self.features).sqrt(), nothing),
-            "cosine": torch.where(lengths > 0, self.along / lengths, nothing),
+            "speed": torch.where(self.moved == 0, nothing, (self.moved / self.features).sqrt()),
+            "cosine": torch.where(lengths == 0, nothing, self.along / lengths),
             "forward": (self.features / self.entries).sqrt(),  # 0 / 0 is NaN
             "backward": (self.gradients / self.entries).sqrt(),
         }

@@ -1,6 +1,7 @@
 """Whether a network moves its data along straight lines, and to where optimal transport would move them."""
 
 from collections.abc import Sequence
+from math import nan
 from typing import Any
 
 import torch
@@ -55,8 +56,10 @@ def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: If the shapes differ.
     """
-    if start.shape != end.shape:
-        raise ValueError(f"start and end must be of one shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
+    if start.shape != end.shape or start.ndim != 2:
+        raise ValueError(
+            f"start and end must be (B, width) of one shape, got {tuple(start.shape)} and {tuple(end.shape)}."
+        )
     distance, plan = wasserstein_distance(start, end)
     learned = float((start.double() - end.double()).square().sum(1).mean())
     own = float(plan.diagonal().sum())
@@ -141,7 +144,7 @@ class OptimalTransportScore(Metric):
 
     @override
     def compute(self) -> Tensor:
-        """Return the score, in float64."""
+        """Return the score, in float64; NaN before any update."""
         return self._both()[0]
 
     @property
@@ -155,6 +158,8 @@ class OptimalTransportScore(Metric):
         return self._plot(val, ax)
 
     def _both(self) -> tuple[Tensor, Tensor]:
+        if not len(self.start):
+            return torch.tensor(nan, dtype=torch.float64), torch.tensor(nan, dtype=torch.float64)
         start, end = same_space([dim_zero_cat(points) for points in (self.start, self.end)])
         score, matched = optimal_transport_score(start, end)
         return torch.tensor(score, dtype=torch.float64), torch.tensor(matched, dtype=torch.float64)
@@ -165,9 +170,9 @@ def _checked(track: Sequence[Tensor]) -> list[Tensor]:
     if len(points) < 3:
         raise ValueError(f"A track needs at least three layers, for two points are on a line; got {len(points)}.")
     for index, layer in enumerate(points):
-        if layer.ndim != 2 or len(layer) != len(points[0]):
+        if layer.ndim != 2 or len(layer) != len(points[0]) or not len(layer):
             raise ValueError(
-                f"Every layer of a track must be (B, width) with one B, got {tuple(layer.shape)} in place {index} beside "
+                f"Every layer of a track must be (B, width) with one B of at least 1, got {tuple(layer.shape)} in place {index} beside "
                 f"{tuple(points[0].shape)} in place 0."
             )
     return points

@@ -26,7 +26,7 @@ class HessianProducts:
         device: Of vectors: that of the first weights.
 
     Raises:
-        TypeError: If a weight is no tensor of floating point, or the loss is no tensor.
+        TypeError: If the weights are no mapping of tensors of floating point, or the loss is no tensor.
         ValueError: If there are no weights, or the loss is not one number, is NaN or infinite, or does not depend on the weights.
     """
 
@@ -101,6 +101,10 @@ def checked_loss(value: Tensor) -> Tensor:
 
 def _check(weights: Mapping[str, Tensor]) -> torch.dtype:
     """Return the dtype for vectors."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights must be tensors by name, such as dict(model.named_parameters()), got a {type(weights).__name__}."
+        )
     dtype = torch.float32
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():

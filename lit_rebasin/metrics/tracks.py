@@ -11,6 +11,8 @@ from torch import Tensor, nn
 # Fewer points than these make no track: two are always on a straight line.
 _POINTS = 3
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Layers over sequences, which give out their weights or their state beside the features, and by default have samples in dimension 1.
+SEQUENTIAL = (nn.RNNBase, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,8 @@ def recorded(
 ) -> Iterator[list[Call]]:
     """Collect the first call of every module that gives out one tensor with samples in dimension 0, in the order of their ends.
 
+    Of recurrent layers and of attention, which give out more, it is the features.
+
     Parts that are frozen, such as the copy of a network that another is distilled from, are left out.
 
     Args:
@@ -49,15 +53,19 @@ def recorded(
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(module, SEQUENTIAL):
+                output = output[0]
             if module in met or not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
                 return
             met.add(module)
             passes_on = any(output is known and output._version == version for known, version in outputs)
             outputs.append((output, output._version))
             given = args[0].detach().clone() if args and isinstance(args[0], Tensor) and args[0].ndim > 1 else None
-            calls.append(Call(name, module, given, output.detach().clone(), passes_on))
+            turn = _samples_first(module)
+            given = turn(given) if given is not None else None
+            calls.append(Call(name, module, given, turn(output.detach()).clone(), passes_on))
             if gradients is not None and output.requires_grad:
-                output.register_hook(lambda gradient: gradients.update({name: gradient.detach()}))
+                output.register_hook(lambda gradient: gradients.update({name: turn(gradient.detach())}))
 
         return hook
 
@@ -92,13 +100,13 @@ def tracks_of(calls: Sequence[Call], layers: Sequence[str] | None = None) -> dic
     return {series.calls[0].name: series.points() for series in _chosen(calls)}
 
 
-def track_layers(calls: Sequence[Call]) -> list[str]:
-    """Return the names of all modules that tracks go through by default.
+def track_layers(calls: Sequence[Call]) -> dict[str, list[str]]:
+    """Return the names of the modules that each track goes through by default, by the name of the first.
 
     Raises:
         ValueError: If there are not three points.
     """
-    return [call.name for series in _chosen(calls) for call in series.calls]
+    return {series.calls[0].name: [call.name for call in series.calls] for series in _chosen(calls)}
 
 
 def same_space(track: Sequence[Tensor]) -> list[Tensor]:
@@ -125,6 +133,12 @@ def same_space(track: Sequence[Tensor]) -> list[Tensor]:
         left, _, right = torch.linalg.svd(points.T @ joined[-1])
         joined.append(points @ left @ right)
     return joined
+
+
+def _samples_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what brings samples to dimension 0, where a layer over sequences has them in dimension 1."""
+    turned = isinstance(module, SEQUENTIAL) and not module.batch_first
+    return lambda points: points.transpose(0, 1) if turned and points.ndim == 3 else points
 
 
 def _trained(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

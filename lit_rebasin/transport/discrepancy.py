@@ -23,6 +23,7 @@ def wasserstein_distance(x: Tensor, y: Tensor) -> tuple[float, Tensor]:
         The distance, and the plan ``(n, m)`` in float64 on the CPU, which sums to 1.
 
     Raises:
+        TypeError: If the points are no tensors of real numbers.
         ValueError: If the shapes do not fit, or a point is NaN or infinite.
     """
     first, second = _points(x, y)
@@ -59,6 +60,7 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0) -> float:
         exponent: r, between 0 and 2, both not included.
 
     Raises:
+        TypeError: If the points are no tensors of real numbers.
         ValueError: If the shapes do not fit, a point is NaN or infinite, or the exponent is out of range.
     """
     if not 0 < exponent < 2:
@@ -74,6 +76,9 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0) -> float:
 def _points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return both clouds in float64 on the CPU."""
     for name, points in (("x", x), ("y", y)):
+        if not isinstance(points, Tensor) or points.is_complex():
+            kind = points.dtype if isinstance(points, Tensor) else type(points).__name__
+            raise TypeError(f"{name} must be a tensor of real numbers, got {kind}.")
         if points.ndim != 2 or len(points) == 0:
             raise ValueError(f"{name} must hold one point a row, (n, d), got shape {tuple(points.shape)}.")
         if not points.isfinite().all():

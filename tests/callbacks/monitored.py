@@ -57,8 +57,8 @@ def fit(tmp_path, monitor, module, loaders=None, **options):
 class Seen(Monitor):
     """Keeps what it is given to measure on."""
 
-    def __init__(self):
-        super().__init__(every_n_epochs=1, examples=7)
+    def __init__(self, examples=7):
+        super().__init__(every_n_epochs=1, examples=examples)
         self.seen = []
 
     def _measure(self, trainer, step, batch):

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from lit_rebasin import (
     ConnectivityMonitor,
@@ -44,17 +45,17 @@ def test_connectivity_with_a_twin_that_was_permuted(tmp_path):
     monitor = ConnectivityMonitor(reference=twin, examples=60)
     fit(tmp_path, monitor, module)
     found = monitor.history[-1]
-    assert found["connectivity/moved"] > 5
+    assert found["connectivity_reference/moved"] > 5
     path = LinearPath(nn.Sequential(twin.net, twin.head), nn.Sequential(module.net, module.head))
     measured = loss_barrier(path, [(X, Y)])
-    assert found["connectivity/barrier"] == pytest.approx(measured.barrier, rel=1e-4)
-    assert found["connectivity/area"] == pytest.approx(measured.area, rel=1e-4)
-    assert found["connectivity/train_acc_middle"] == pytest.approx(float(measured.accuracies[10]), abs=1e-6)
+    assert found["connectivity_reference/barrier"] == pytest.approx(measured.barrier, rel=1e-4)
+    assert found["connectivity_reference/area"] == pytest.approx(measured.area, rel=1e-4)
+    assert found["connectivity_reference/train_acc_middle"] == pytest.approx(float(measured.accuracies[10]), abs=1e-6)
     assert measured.barrier > 0.02
-    assert found["connectivity/barrier_aligned"] == pytest.approx(0, abs=1e-5)
+    assert found["connectivity_reference/barrier_aligned"] == pytest.approx(0, abs=1e-5)
     for layer in ("net.0", "net.2", "net.4", "head"):
         for distance in ("wasserstein", "energy", "paired"):
-            assert found[f"connectivity/{distance}/{layer}"] == pytest.approx(0, abs=1e-3)
+            assert found[f"connectivity_reference/{distance}/{layer}"] == pytest.approx(0, abs=1e-3)
 
 
 def test_connectivity_is_with_the_network_that_the_task_began_with(tmp_path):
@@ -70,9 +71,72 @@ def test_connectivity_is_with_the_network_that_the_task_began_with(tmp_path):
     assert found["connectivity/paired/head"] == pytest.approx(float(gap.square().sum(1).mean()) ** 0.5, rel=1e-4)
 
 
+def test_a_reference_in_any_form(tmp_path):
+    module, twin = Plain(rate=0.0), Plain()
+    with torch.no_grad():
+        twin.head.weight += 1
+    state = twin.state_dict()
+    torch.save(state, tmp_path / "twin.pt")
+    make_trainer(tmp_path, max_epochs=0).fit(twin, whole())
+    twin.trainer.save_checkpoint(tmp_path / "twin.ckpt")
+    wrapped = {f"model.{name}": tensor for name, tensor in state.items()}
+    given = [twin, state, wrapped, tmp_path / "twin.pt", str(tmp_path / "twin.ckpt")]
+    for reference in given:
+        monitor = ConnectivityMonitor(reference=reference, examples=60)
+        fit(tmp_path, monitor, module, max_epochs=1)
+        # The neurons of the head are one off in each of 5 weights.
+        assert monitor.history[-1]["connectivity_reference/paired/head"] == pytest.approx(5**0.5, rel=1e-5)
+
+
+def test_a_reference_is_the_network_within_a_lightning_module(tmp_path):
+    class Wraps(Plain):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(self.net, self.head)
+            del self.net, self.head
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self.backbone(batch[0]), batch[1])
+
+    module = Wraps()
+    module.rate = 0.0
+    monitor = ConnectivityMonitor(reference=copy.deepcopy(module.backbone), examples=60)
+    fit(tmp_path, monitor, module)
+    assert monitor.history[-1]["connectivity_reference/paired/backbone.1"] == 0
+
+
+def test_monitors_with_and_without_a_reference_have_tags_of_their_own(tmp_path):
+    given, begun = ConnectivityMonitor(reference=Plain()), ConnectivityMonitor()
+    for _ in range(2):
+        make_trainer(tmp_path, given, begun).fit(Plain(), whole())
+    tags = [{tag for tag in monitor.history[-1] if "/" in tag} for monitor in (given, begun)]
+    assert tags[1]
+    assert not tags[0] & tags[1]
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        ("nowhere.ckpt", ValueError, "checkpoint nowhere.ckpt cannot be read: No such file"),
+        (3, TypeError, "reference must be a module, its state dict or the path of a checkpoint, got a int"),
+    ],
+)
+def test_a_reference_that_is_none(reference, error, message):
+    with pytest.raises(error, match=message):
+        ConnectivityMonitor(reference=reference)
+
+
 def test_a_reference_of_another_architecture(tmp_path):
-    with pytest.raises(ValueError, match="net"):
-        fit(tmp_path, ConnectivityMonitor(reference=nn.Linear(3, 2)), Plain())
+    wide = Plain()
+    wide.head = nn.Linear(5, 4)
+    for reference, message in (
+        (nn.Linear(3, 2), "reference does not hold the weights of Plain: it lacks 'net.0.weight'"),
+        (wide, r"'head.weight' has shape \(4, 5\) in it and \(3, 5\) in the network"),
+    ):
+        module = Plain()
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, ConnectivityMonitor(reference=reference), module)
+        assert module.trainer.global_step == 0
 
 
 def planted(module):
@@ -98,13 +162,17 @@ def test_connectivity_of_what_is_aligned(tmp_path):
     found = monitor.history[-1]
     path = LinearPath(nn.Sequential(near.net, near.head), nn.Sequential(module.net, module.head))
     measured = loss_barrier(path, [(X, Y)])
-    assert found["connectivity/area_aligned"] == pytest.approx(measured.area, abs=1e-6)
-    assert found["connectivity/train_acc_middle_aligned"] == pytest.approx(float(measured.accuracies[10]), abs=1e-6)
-    assert found["connectivity/energy/net.0"] != pytest.approx(found["connectivity/wasserstein/net.0"], rel=0.05)
+    assert found["connectivity_reference/area_aligned"] == pytest.approx(measured.area, abs=1e-6)
+    assert found["connectivity_reference/train_acc_middle_aligned"] == pytest.approx(
+        float(measured.accuracies[10]), abs=1e-6
+    )
+    assert found["connectivity_reference/energy/net.0"] != pytest.approx(
+        found["connectivity_reference/wasserstein/net.0"], rel=0.05
+    )
     figures = {tag: draw() for tag, draw in monitor._figures().items()}
-    before, after = (line.get_ydata() for line in figures["connectivity/path"].axes[0].lines[:2])
+    before, after = (line.get_ydata() for line in figures["connectivity_reference/path"].axes[0].lines[:2])
     assert max(after) < max(before)
-    axes = figures["connectivity/plane"].axes[0]
+    axes = figures["connectivity_reference/plane"].axes[0]
     corners = {text.get_text(): line.get_xydata()[0] for text, line in zip(axes.texts, axes.lines, strict=True)}
     gap = math.dist(corners["reference"], corners["aligned"])
     wanted = (
@@ -112,7 +180,7 @@ def test_connectivity_of_what_is_aligned(tmp_path):
     )
     assert gap == pytest.approx(wanted, rel=1e-3)
     logger.finalize("success")
-    assert "connectivity/plane" in EventAccumulator(logger.log_dir).Reload().Tags()["images"]
+    assert "connectivity_reference/plane" in EventAccumulator(logger.log_dir).Reload().Tags()["images"]
 
 
 def test_a_twin_that_is_the_same_but_for_its_order_has_no_plane_and_no_error(tmp_path):
@@ -122,7 +190,7 @@ def test_a_twin_that_is_the_same_but_for_its_order_has_no_plane_and_no_error(tmp
         warnings.filterwarnings("error", message=".*could not measure.*")
         fit(tmp_path, monitor, module, logger=TensorBoardLogger(tmp_path))
     assert monitor.history
-    assert "connectivity/plane" not in monitor._figures()
+    assert "connectivity_reference/plane" not in monitor._figures()
 
 
 def test_effective_dimensions_and_bounds_are_those_of_the_layers(tmp_path):

@@ -22,6 +22,7 @@ def test_geodesic_scores_are_those_of_the_trained_network(tmp_path):
         for layer in module.net:
             track.append(layer(track[-1]))
     through = track[2::2]  # the three tanh layers
+    assert monitor.tracks == {"net.1": ["net.1", "net.3", "net.5"]}
     score, matched = optimal_transport_score(through[0], through[-1])
     found = monitor.history[-1]
     assert found["geodesic/line_shape_score/net.1"] == pytest.approx(float(line_shape_scores(through).mean()), rel=1e-5)
@@ -33,6 +34,7 @@ def test_geodesic_layers_are_chosen_by_name(tmp_path):
     monitor = GeodesicMonitor(layers=["net.0", "net.2", "head"])
     fit(tmp_path, monitor, Plain())
     assert "geodesic/line_shape_score/net.0" in monitor.history[0]
+    assert monitor.tracks == {"net.0": ["net.0", "net.2", "head"]}
     with pytest.raises(MisconfigurationException, match=r"names 'nat', which Plain does not have; it has net, net\.0"):
         fit(tmp_path, GeodesicMonitor(layers=["net.0", "nat", "head"]), Plain())
 
@@ -46,3 +48,16 @@ def test_a_network_without_a_track_is_trained_all_the_same(tmp_path):
 
     with pytest.warns(UserWarning, match="no three layers"):
         assert fit(tmp_path, GeodesicMonitor(), Linear()).current_epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ("head", TypeError, "layers must be a list of names of modules, got the string 'head'"),
+        ([], ValueError, r"layers must name at least 3 modules, for two points lie on a line; got \[\]"),
+        (["net.0", "head", "net.0"], ValueError, "layers names 'net.0' twice"),
+    ],
+)
+def test_layers_that_make_no_track(layers, error, message):
+    with pytest.raises(error, match=message):
+        GeodesicMonitor(layers=layers)

@@ -22,7 +22,6 @@ from lit_rebasin import (
     RebasinMerge,
     SharpnessMonitor,
 )
-from lit_rebasin.callbacks.monitor import first_examples
 
 from .monitored import MONITORS, Plain, Seen, X, Y, fit, whole
 from .user_code import UserModule, Walk, loader, make_trainer
@@ -259,14 +258,18 @@ def test_a_second_fit_begins_anew(tmp_path):
     assert [(entry["task"], entry["epoch"]) for entry in speeds.history] == [(0, 0), (1, 0)]
 
 
-def test_only_what_is_of_the_examples_is_cut(tmp_path):
-    batch = {"x": torch.arange(10.0)[:, None], "y": torch.arange(10), "class_weights": torch.ones(3), "epoch": 4}
-    cut = first_examples(batch, 4)
-    batch["x"] += 1
-    assert cut["x"].tolist() == [[0.0], [1.0], [2.0], [3.0]]
-    assert len(cut["y"]) == 4
-    assert cut["class_weights"].tolist() == [1.0, 1.0, 1.0]
-    assert cut["epoch"] == 4
+def test_examples_come_from_as_many_batches_as_it_takes(tmp_path):
+    class Validated(Plain):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    batches, held = (DataLoader(TensorDataset(x, Y), batch_size=20) for x in (X, X + 1))
+    for loaders, expected in (([batches], X), ([batches, held], X + 1)):
+        monitor = Seen(examples=50)
+        make_trainer(tmp_path, monitor, num_sanity_val_steps=3).fit(Validated(), *loaders)
+        for x, y in monitor.seen:
+            assert torch.equal(x, expected[:50])
+            assert torch.equal(y, Y[:50])
 
 
 def test_numbers_are_logged_at_the_optimizer_step_and_pictures_once_a_task(tmp_path):

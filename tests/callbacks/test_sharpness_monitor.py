@@ -32,6 +32,7 @@ def test_sharpness_is_that_of_the_exact_hessian(tmp_path):
     hessian = torch.autograd.functional.hessian(loss, torch.cat([w.flatten() for w in weights]))
     found = monitor.history[-1]
     assert found["sharpness/eigenvalue"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=0.02)
+    assert found["sharpness/residual"] < 0.01 * float(torch.linalg.eigvalsh(hessian).abs().max())
     assert abs(found["sharpness/trace"] - float(hessian.trace())) < 4 * found["sharpness/trace_error"] + 0.05
 
 

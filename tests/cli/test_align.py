@@ -59,7 +59,7 @@ def test_what_a_lightning_module_saved_makes_the_network(folder, capsys):
     assert main(["align", "a.ckpt", "b.ckpt", *MODEL, *SHAPE]) == 0
     assert "of 14 neurons" in capsys.readouterr().out
     assert main(["align", "a.ckpt", "b.ckpt", *MODEL, *SHAPE, "--model.width", "8"]) == 2
-    assert "'0.weight' has shape (7, 6) in the file and (8, 6) in the network" in capsys.readouterr().err
+    assert "'0.weight' has shape (7, 6) in it and (8, 6) in the network" in capsys.readouterr().err
 
 
 LIT = """

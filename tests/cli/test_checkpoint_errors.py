@@ -66,12 +66,12 @@ CASES = [
     (
         ["align", "a.pt", "wide.pt", *MODEL, *SHAPE],
         2,
-        r"wide.pt .*'0.weight' has shape \(9, 6\) in the file and \(12, 6",
+        r"wide.pt .*'0.weight' has shape \(9, 6\) in it and \(12, 6",
     ),
     (["align", "nan.safetensors", "b.pt", *MODEL, *SHAPE], 2, "'2.weight' of checkpoint nan.safetensors holds a NaN"),
     (["align", "a.pt", "inf.pt", *MODEL, *SHAPE], 2, "'0.bias' of checkpoint inf.pt holds a NaN or an infinity"),
     (["align", "less.pt", "b.pt", *MODEL, *SHAPE], 2, "less.pt does not hold the weights of .*lacks '2.bias'$"),
-    (["align", "a.pt", "more.pt", *MODEL, *SHAPE], 2, "more.pt .*the file has '9.bias', which the network lacks"),
+    (["align", "a.pt", "more.pt", *MODEL, *SHAPE], 2, "more.pt .*it has '9.bias', which the network lacks"),
     (
         ["align", "twice.pt", "b.pt", *MODEL, *SHAPE],
         2,

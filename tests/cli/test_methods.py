@@ -223,7 +223,7 @@ def test_long_values_of_a_method_are_read_whole(tmp_path):
 def test_arguments_that_avalanches_loops_do_not_heed_are_refused(tmp_path, capsys):
     code, _ = run(tmp_path / "out", "--methods", "replay,average", "--trainer.limit_train_batches=2")
     assert code == 2
-    assert "trainer.limit_train_batches 2 would not concern the methods that Avalanche runs" in capsys.readouterr().err
+    assert "trainer.limit_train_batches 2 would not concern replay, which Avalanche runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def test_arguments_that_do_not_fit():
         loss_plane(*[weights(k) for k in range(3)], lambda one: 0.0, points=1)
     with pytest.raises(ValueError, match=r"margin must be at least 0, got -0\.1"):
         loss_plane(*[weights(k) for k in range(3)], lambda one: 0.0, margin=-0.1)
+    with pytest.raises(ValueError, match=r"loss must return one number, such as a mean, got shape \(3,\)"):
+        loss_plane(*[weights(k) for k in range(3)], lambda one: torch.ones(3))
     with pytest.raises(ValueError, match="b"):
         loss_plane(weights(0), weights(1), {"a": weights(2)["a"]}, lambda one: 0.0)
 

@@ -244,11 +244,13 @@ def test_attention_and_inference_mode():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"count": 0}, ValueError, "count must be at least 1"),
+        ({"count": 0}, ValueError, "count must be a whole number of at least 1"),
+        ({"count": 1.5}, ValueError, "count must be a whole number of at least 1, got 1.5"),
         ({"count": 4}, ValueError, "at most the number of weights, 3, got 4"),
-        ({"count": 2, "steps": 1}, ValueError, "steps must be at least count=2"),
+        ({"count": 2, "steps": 1}, ValueError, "steps must be a whole number of at least count=2"),
         ({"tolerance": float("nan")}, ValueError, "tolerance must be at least 0"),
         ({"weights": {}}, ValueError, "holds no numbers"),
+        ({"weights": [torch.ones(3)]}, TypeError, "weights must be tensors by name, .* got a list"),
         ({"weights": {"w": torch.ones(3).long()}}, TypeError, r"torch.int64 for 'w': leave it out"),
         ({"loss": lambda w: w["w"]}, ValueError, r"one number.*shape \(3,\)"),
         ({"loss": lambda w: 1.0}, TypeError, "got a float"),
@@ -269,8 +271,14 @@ def test_errors(change, error, text):
 
 
 def test_samples_must_be_two():
-    with pytest.raises(ValueError, match="samples must be at least 2"):
-        hessian_trace(quadratic(torch.eye(3)), point(3, torch.float32), samples=1)
+    for samples in (1, 2.5):
+        with pytest.raises(ValueError, match=f"samples must be a whole number of at least 2, got {samples}"):
+            hessian_trace(quadratic(torch.eye(3)), point(3, torch.float32), samples=samples)
+
+
+def test_a_loss_by_name_is_none():
+    with pytest.raises(TypeError, match="loss must be a function of output and target, got a str"):
+        Sharpness(loss="cross_entropy")
 
 
 # The metric

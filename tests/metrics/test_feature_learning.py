@@ -70,6 +70,12 @@ def test_zeros():
     assert values([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]) == [0, 0, 0, 0]
 
 
+def test_what_is_not_a_number_is_none():
+    speed, cosine, forward, backward = values([3.0, math.nan], [3.0, 1.0], [1.0, 1.0])
+    assert all(math.isnan(number) for number in (speed, cosine, forward))
+    assert backward == 1
+
+
 def test_small_gradients_do_not_underflow():
     assert values([1.0], [1.0 - 1e-6], [1e-30])[1] == pytest.approx(1)
     metric = FeatureSpeed()

@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import ot
 import pytest
@@ -273,7 +274,11 @@ def test_named_layers():
 
 @pytest.mark.parametrize(
     ("track", "message"),
-    [([torch.zeros(2, 2)] * 2, "at least three layers"), ([torch.zeros(2, 2)] * 2 + [torch.zeros(3, 2)], "in place 2")],
+    [
+        ([torch.zeros(2, 2)] * 2, "at least three layers"),
+        ([torch.zeros(2, 2)] * 2 + [torch.zeros(3, 2)], "in place 2"),
+        ([torch.zeros(0, 2)] * 3, "one B of at least 1"),
+    ],
 )
 def test_tracks_that_do_not_fit(track, message):
     for metric in (LineShapeScore(), OptimalTransportScore()):
@@ -281,6 +286,39 @@ def test_tracks_that_do_not_fit(track, message):
             metric.update(track)
     with pytest.raises(ValueError, match="one shape"):
         optimal_transport_score(torch.zeros(2, 2), torch.zeros(3, 2))
+
+
+def test_scores_of_nothing_are_nan():
+    for metric in (LineShapeScore(), OptimalTransportScore()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchmetrics says that it comes before the update
+            assert metric.compute().isnan()
+    assert OptimalTransportScore().matched.isnan()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_layers_over_sequences_are_recorded_with_samples_in_front(batch_first):
+    class Sequences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(4, 6, batch_first=batch_first)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=batch_first)
+
+        def forward(self, x):
+            hidden, _ = self.lstm(x)
+            return self.attention(hidden, hidden, hidden)[0]
+
+    network, x = Sequences(), torch.randn(5, 3, 4)
+    gradients = {}
+    with recorded(network, gradients=gradients) as calls:
+        output = network(x if batch_first else x.transpose(0, 1))
+        output.square().sum().backward()
+    output = output if batch_first else output.transpose(0, 1)
+    found = {call.name: call for call in calls}
+    assert torch.equal(found["attention"].output, output)
+    assert torch.equal(gradients["attention"], 2 * output)
+    assert torch.equal(found["lstm"].input, x)
+    assert found["lstm"].output.shape == gradients["lstm"].shape == (5, 3, 6)
 
 
 def test_the_picture_has_a_line_a_sample():

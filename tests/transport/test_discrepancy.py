@@ -89,6 +89,13 @@ def test_points_that_do_not_fit(distance, x, y, message):
         distance(x, y)
 
 
+@pytest.mark.parametrize("distance", [wasserstein_distance, energy_distance])
+@pytest.mark.parametrize(("x", "kind"), [([[0.0]], "list"), (torch.zeros(2, 1, dtype=torch.cfloat), "torch.complex64")])
+def test_what_is_no_tensor_of_real_numbers(distance, x, kind):
+    with pytest.raises(TypeError, match=f"x must be a tensor of real numbers, got {kind}"):
+        distance(x, torch.zeros(2, 1))
+
+
 @pytest.mark.parametrize("exponent", [0.0, 2.0, -1.0, float("nan")])
 def test_an_exponent_out_of_range(exponent):
     with pytest.raises(ValueError, match="exponent must lie between 0 and 2"):

@@ -1,0 +1,158 @@
+"""Checkpoints of several formats: read, and their tensors found by the names of a network."""
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+SAFETENSORS = ".safetensors"
+
+# Where checkpoints keep their weights.
+_WEIGHTS = ("state_dict", "model", "model_state_dict")
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, or not one of the network."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        file: Its path.
+        weights: Tensors by name, as they are called in the file.
+        arguments: Constructor arguments that a LightningModule saved.
+    """
+
+    file: str
+    weights: Mapping[str, Any]
+    arguments: dict[str, Any]
+
+
+def read_checkpoint(file: str) -> Checkpoint:
+    """Read a state dict, a Lightning checkpoint or a safetensors file; no code in it is ever run.
+
+    Raises:
+        CheckpointError: If there is no such file, or it holds something else.
+    """
+    held = _read_safetensors(file) if Path(file).suffix == SAFETENSORS else _read_torch(file)
+    weights = next((held[key] for key in _WEIGHTS if isinstance(held.get(key), Mapping)), held)
+    saved = held.get("hyper_parameters")
+    arguments = saved.items() if isinstance(saved, Mapping) else ()
+    simple = bool | int | float | str | list | dict | None
+    return Checkpoint(
+        file,
+        weights,
+        # LightningCLI notes here how it made the module, under a name with an underscore.
+        {name: value for name, value in arguments if isinstance(value, simple) and not str(name).startswith("_")},
+    )
+
+
+def matching_weights(own: Mapping[str, Any], held: Mapping[str, Any], holder: str, network: str) -> dict[str, Any]:
+    """Return weights by the names of a network, under the one prefix, such as ``model.``, with which they are held.
+
+    Args:
+        own: The network's state dict.
+        held: Tensors by name.
+        holder: What holds them, for errors.
+        network: What the network is called in them.
+
+    Raises:
+        CheckpointError: If a name or a shape does not fit.
+    """
+    about = f"{holder} does not hold the weights of {network}"
+    twins = _twins(own)
+    names = {str(name): value for name, value in held.items()}
+    prefix = _prefix(twins, list(names), holder, about)
+    weights = {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
+    for name in own:
+        if name not in weights:
+            weights[name] = next(weights[twin] for twin in twins[name] if twin in weights)
+    for name, tensor in own.items():
+        if isinstance(tensor, Tensor) and getattr(weights[name], "shape", None) != tensor.shape:
+            found = weights[name]
+            shape = tuple(found.shape) if isinstance(found, Tensor) else f"no shape, it is a {type(found).__name__}"
+            raise CheckpointError(
+                f"{about}: {prefix + name!r} has shape {shape} in it and {tuple(tensor.shape)} in the network"
+            )
+    return weights
+
+
+def _twins(own: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return, for every name, all names of the same tensor: of tied weights, a file may hold only one."""
+    places: dict[Any, list[str]] = {}
+    for name, value in own.items():
+        is_placed = isinstance(value, Tensor) and value.numel() > 0
+        places.setdefault((value.data_ptr(), value.shape) if is_placed else name, []).append(name)
+    return {name: names for names in places.values() for name in names}
+
+
+def _prefix(twins: Mapping[str, Sequence[str]], names: Sequence[str], holder: str, about: str) -> str:
+    """Return what stands before every name of the network; what has another prefix belongs to other modules."""
+    firsts = next(iter(twins.values()), [""])
+    candidates = {
+        name.removesuffix(first) for first in firsts for name in names if name == first or name.endswith(f".{first}")
+    }
+    fitting = []
+    for prefix in sorted(candidates):
+        held = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        if held <= twins.keys() and all(held.intersection(alike) for alike in twins.values()):
+            fitting.append(prefix)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise CheckpointError(
+            f"{holder} holds the network more than once, under {', '.join(map(repr, fitting))}; "
+            "save the state dict of one of them"
+        )
+    prefix = min(candidates, key=len, default="")
+    missing = next((name for name, alike in twins.items() if not {prefix + twin for twin in alike} & set(names)), None)
+    unexpected = next((n for n in names if n.startswith(prefix) and n.removeprefix(prefix) not in twins), None)
+    parts = [
+        f"lacks {prefix + missing!r}" if missing else "",
+        f"has {unexpected!r}, which the network lacks" if unexpected else "",
+    ]
+    raise CheckpointError(f"{about}: it {' and '.join(part for part in parts if part)}")
+
+
+def _read_safetensors(file: str) -> dict[str, Any]:
+    try:
+        return dict(safetensors.torch.load_file(file))
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    except safetensors.SafetensorError:
+        raise CheckpointError(f"checkpoint {file} is no safetensors file") from None
+
+
+def _read_torch(file: str) -> dict[str, Any]:
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    except Exception as error:  # whatever the bytes of a file of another kind lead to
+        code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code is not None:
+            raise CheckpointError(
+                f"checkpoint {file} holds the Python object {code[1]}, which could run code and is never loaded; "
+                "save the state dict alone, or as safetensors"
+            ) from None
+        raise CheckpointError(
+            f"checkpoint {file} is no file of tensors that torch.load(weights_only=True) reads"
+        ) from None
+    if not isinstance(held, dict):
+        raise CheckpointError(
+            f"checkpoint {file} holds a {type(held).__name__}, not a state dict or a Lightning checkpoint"
+        )
+    return held
+
+
+def _unreadable(file: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"checkpoint {file} cannot be read: {error.strerror or 'No such file or directory'}")
