@@ -36,6 +36,7 @@ _HOMES = {
     "PermutationSpec": "symmetry",
     "PlaneLosses": "merging",
     "RandomShift": "continual",
+    "RandomStates": "callbacks",
     "RebasinIL": "continual",
     "RebasinMerge": "callbacks",
     "RebasinPlugin": "plugins",
@@ -44,6 +45,7 @@ _HOMES = {
     "SharpnessMonitor": "callbacks",
     "SinkhornRebasin": "alignment",
     "SinkhornResult": "transport",
+    "WholeCheckpointIO": "continual",
     "activation_matching": "alignment",
     "align": "alignment",
     "annealed_sinkhorn": "transport",
@@ -112,6 +114,7 @@ __all__ = [
     "PermutationSpec",
     "PlaneLosses",
     "RandomShift",
+    "RandomStates",
     "RebasinIL",
     "RebasinMerge",
     "RebasinPlugin",
@@ -120,6 +123,7 @@ __all__ = [
     "SharpnessMonitor",
     "SinkhornRebasin",
     "SinkhornResult",
+    "WholeCheckpointIO",
     "__version__",
     "activation_matching",
     "align",
@@ -192,6 +196,7 @@ if TYPE_CHECKING:
         FeatureLearningMonitor,
         GeodesicMonitor,
         ModeConnectivity,
+        RandomStates,
         RebasinMerge,
         SharpnessMonitor,
     )
@@ -200,6 +205,7 @@ if TYPE_CHECKING:
         ContinualDataModule,
         RandomShift,
         RebasinIL,
+        WholeCheckpointIO,
         slim_resnet18,
     )
     from lit_rebasin.merging import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.files import write_whole
+from lit_rebasin.continual.whole_files import write_whole
 from lit_rebasin.merging.checkpoint_file import (
     SAFETENSORS,
     Checkpoint,

@@ -1,22 +1,10 @@
-"""Files that are complete or not there at all, and never take the place of others unasked."""
+"""Files that never take the place of others unasked."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lit_rebasin.cli.errors import UsageError
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)  # noqa: PTH105, which has no name for an atomic replace
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_target(option: str, file: str, suffixes: Sequence[str], overwrite: bool) -> None:

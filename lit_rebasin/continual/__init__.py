@@ -5,5 +5,13 @@ from lit_rebasin.continual.classifier import ContinualClassifier
 from lit_rebasin.continual.datamodule import ContinualDataModule
 from lit_rebasin.continual.rebasin_il import RebasinIL
 from lit_rebasin.continual.transforms import RandomShift
+from lit_rebasin.continual.whole_files import WholeCheckpointIO
 
-__all__ = ["ContinualClassifier", "ContinualDataModule", "RandomShift", "RebasinIL", "slim_resnet18"]
+__all__ = [
+    "ContinualClassifier",
+    "ContinualDataModule",
+    "RandomShift",
+    "RebasinIL",
+    "WholeCheckpointIO",
+    "slim_resnet18",
+]

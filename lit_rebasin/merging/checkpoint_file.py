@@ -43,7 +43,7 @@ def read_checkpoint(file: str) -> Checkpoint:
     Raises:
         CheckpointError: If there is no such file, or it holds something else.
     """
-    held = _read_safetensors(file) if Path(file).suffix == SAFETENSORS else _read_torch(file)
+    held = _read_safetensors(file) if Path(file).suffix == SAFETENSORS else read_torch(file)
     weights = next((held[key] for key in _WEIGHTS if isinstance(held.get(key), Mapping)), held)
     saved = held.get("hyper_parameters")
     arguments = saved.items() if isinstance(saved, Mapping) else ()
@@ -132,7 +132,12 @@ def _read_safetensors(file: str) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {file} is no safetensors file") from None
 
 
-def _read_torch(file: str) -> dict[str, Any]:
+def read_torch(file: str) -> dict[str, Any]:
+    """Return what a file holds that ``torch.save`` has written, if that is a mapping of tensors and plain types.
+
+    Raises:
+        CheckpointError: If there is no such file, or it holds something else.
+    """
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:

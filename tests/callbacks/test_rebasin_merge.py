@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_rebasin import ContinualClassifier, ContinualDataModule, ContinualMonitor, RebasinMerge
+from lit_rebasin import ContinualClassifier, ContinualDataModule, ContinualMonitor, RandomStates, RebasinMerge
 
 from .user_code import UserModule, Walk, digits, loader, make_trainer
 
@@ -333,17 +333,9 @@ class Crash(Callback):
             raise CrashError
 
 
-class Steady(UserModule):
-    """Without dropout, whose random state no checkpoint holds."""
-
-    def __init__(self):
-        super().__init__()
-        self.net[4] = nn.Identity()
-
-
-def walk(tmp_path, *callbacks, module=None, ckpt_path=None):
-    torch.manual_seed(0)
-    module, merge, monitor = module or Steady(), RebasinMerge(alpha=0.5), ContinualMonitor()
+def walk(tmp_path, *callbacks, ckpt_path=None, **options):
+    torch.manual_seed(0 if ckpt_path is None else 9)
+    module, merge, monitor = UserModule(), RebasinMerge(alpha=0.5), ContinualMonitor()
     data = ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=2, batch_size=200, replay_per_class=2)
     saver = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
     trainer = make_trainer(
@@ -351,28 +343,35 @@ def walk(tmp_path, *callbacks, module=None, ckpt_path=None):
         merge,
         monitor,
         saver,
+        RandomStates(),
         *callbacks,
         max_epochs=6,
         enable_checkpointing=True,
         reload_dataloaders_every_n_epochs=1,
+        **options,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, merge, monitor
 
 
 def test_users_module_walks_a_named_stream(tmp_path):
-    module, merge, monitor = walk(tmp_path, module=UserModule())
+    module, merge, monitor = walk(tmp_path)
     assert [entry["task"] for entry in merge.history] == [1, 2]
     assert monitor.matrix.shape == (3, 3)
     assert module.optimizers_made == 3
 
 
+@pytest.mark.parametrize(
+    "validation", [1, 2]
+)  # a checkpoint is written at the end of every epoch, or of every validation
 @pytest.mark.parametrize("crash", [1, 2, 3, 4, 5])
-def test_resumed_fit_ends_with_the_same_weights(tmp_path, crash):
-    reference, merges, monitor = walk(tmp_path / "whole")
+def test_resumed_fit_ends_with_the_same_weights(tmp_path, crash, validation):
+    every = {"check_val_every_n_epoch": validation}
+    reference, merges, monitor = walk(tmp_path / "whole", **every)
     with pytest.raises(CrashError):
-        walk(tmp_path / "cut", Crash(crash))
-    resumed, again, seen = walk(tmp_path / "cut", ckpt_path=tmp_path / "cut" / "last.ckpt")
+        walk(tmp_path / "cut", Crash(crash), **every)
+    last = tmp_path / "cut" / "last.ckpt"
+    resumed, again, seen = walk(tmp_path / "cut", ckpt_path=last if last.exists() else None, **every)
     assert same(weights(reference), weights(resumed))
     assert torch.equal(monitor.matrix, seen.matrix)
     assert [entry["loss_after"] for entry in again.history] == [entry["loss_after"] for entry in merges.history]
