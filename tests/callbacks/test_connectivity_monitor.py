@@ -66,6 +66,7 @@ def test_connectivity_is_with_the_network_that_the_task_began_with(tmp_path):
     measured = loss_barrier(path, [(X, Y)])
     found = monitor.history[-1]
     assert found["connectivity/area"] == pytest.approx(measured.area, rel=1e-3)
+    assert monitor._figures()["connectivity/path"]().axes[0].get_xlabel() == "alpha, weight of the previous model"
     gap = torch.cat([module.head.weight - before.head.weight, (module.head.bias - before.head.bias)[:, None]], 1)
     assert found["connectivity/paired/head"] == pytest.approx(float(gap.square().sum(1).mean()) ** 0.5, rel=1e-4)
 
@@ -102,8 +103,13 @@ def test_connectivity_of_what_is_aligned(tmp_path):
     assert found["connectivity/train_acc_middle_aligned"] == pytest.approx(float(measured.accuracies[10]), abs=1e-6)
     assert found["connectivity/energy/net.0"] != pytest.approx(found["connectivity/wasserstein/net.0"], rel=0.05)
     figures = {tag: draw() for tag, draw in monitor._figures().items()}
-    before, after = (line.get_ydata() for line in figures["connectivity/path"].axes[0].lines[:2])
+    loss, accuracy = figures["connectivity/path"].axes
+    before, after = (line.get_ydata() for line in loss.lines[:2])
     assert max(after) < max(before)
+    assert loss.get_xlabel() == "alpha, weight of the reference model"
+    middle, middle_aligned = (line.get_ydata()[10] for line in accuracy.lines)
+    assert middle == pytest.approx(found["connectivity/train_acc_middle"])
+    assert middle_aligned == pytest.approx(found["connectivity/train_acc_middle_aligned"])
     axes = figures["connectivity/plane"].axes[0]
     corners = {text.get_text(): line.get_xydata()[0] for text, line in zip(axes.texts, axes.lines, strict=True)}
     gap = math.dist(corners["reference"], corners["aligned"])
