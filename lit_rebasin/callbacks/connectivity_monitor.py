@@ -125,11 +125,12 @@ class ConnectivityMonitor(Monitor):
             numbers[f"connectivity/wasserstein/{name}"] = distance.wasserstein
             numbers[f"connectivity/energy/{name}"] = distance.energy
             numbers[f"connectivity/paired/{name}"] = distance.paired
+        name_of_other = "previous" if self.reference is None else "reference"
+        shares = next(zip(accuracies.values(), aligned_accuracies.values(), strict=True), None)
         self._drawn["connectivity/path"] = partial(
-            path_figure, before.alphas, before.losses, after.losses, None, self.task
+            path_figure, before.alphas, before.losses, after.losses, None, self.task, name_of_other, shares
         )
         if trainer.loggers and is_plane(theirs, ours, third):
-            name_of_other = "previous" if self.reference is None else "reference"
             # What is no parameter, such as running variances, has no place in a distance of the weights.
             plane = loss_plane(
                 theirs, ours, third, lambda one: step.mean({**weights, **one}, [batch])[0], points=_PLANE

@@ -49,6 +49,11 @@ class FeatureLearningMonitor(Monitor):
         self._before: dict[str, tuple[Tensor, Tensor]] = {}  # features and gradients by layer
         self._probe: Any = None  # the examples that they are of
         self._done = (-1, -1)  # the task and epoch that were measured last
+        self._epochs = 0  # that were begun, in all fits
+        self._latest = (-1, -1)  # the task and epoch of the last of them
+        self._begun: dict[
+            int, tuple[int, int]
+        ] = {}  # by task, how many epochs had passed, and the number of its first one
         self._warned: set[str] = set()
 
     @override
@@ -56,6 +61,18 @@ class FeatureLearningMonitor(Monitor):
         """Begin to count epochs anew."""
         super().on_fit_start(trainer, pl_module)
         self._before, self._done = {}, (-1, -1)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Count the epochs through all fits, each of which may count anew."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        now = (self.task, trainer.current_epoch)
+        if now != self._latest:
+            self._latest = now
+            self._begun.setdefault(self.task, (self._epochs, trainer.current_epoch))
+            self._epochs += 1
 
     @override
     def on_before_optimizer_step(
@@ -88,18 +105,32 @@ class FeatureLearningMonitor(Monitor):
             self._end_task(trainer, pl_module)
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured so far, and the count of epochs."""
+        return {**super().state_dict(), "epochs": self._epochs, "latest": self._latest, "begun": self._begun}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        super().load_state_dict(state_dict)
+        self._epochs, self._latest = state_dict["epochs"], tuple(state_dict["latest"])
+        self._begun = dict(state_dict["begun"])
+
+    @override
     def _take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Measure nothing at the end of an epoch: what is measured is the first step of one."""
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], Figure]]:
-        curves: dict[str, list[float]] = {}
+        curves: dict[str, list[tuple[float, float]]] = {}
         prefix = "feature_learning/speed/"
         for entry in self.history:
+            passed, first = self._begun[entry["task"]]
             for tag, value in entry.items():
                 if tag.startswith(prefix):
-                    curves.setdefault(tag.removeprefix(prefix), []).append(value)
-        return {"feature_learning/speed": partial(feature_speed_figure, curves)} if curves else {}
+                    curves.setdefault(tag.removeprefix(prefix), []).append((passed + entry["epoch"] - first, value))
+        tasks = [passed for passed, _ in self._begun.values() if passed]
+        return {"feature_learning/speed": partial(feature_speed_figure, curves, tasks)} if curves else {}
 
     def _numbers(self, after: Mapping[str, Tensor]) -> dict[str, float]:
         found: dict[str, dict[str, float]] = {}

@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from lit_rebasin.callbacks.merge import MergeOutcome
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.metrics import (
     accuracy_matrix_figure,
+    accuracy_over_tasks_figure,
     after_task,
+    alpha_figure,
     average_accuracy,
     backward_transfer,
     displacement_figure,
@@ -68,10 +71,12 @@ def _draw_merge(loggers: Sequence[Logger], outcome: MergeOutcome, history: Seque
     shares = {entry["task"]: entry["displacement"] for entry in history if entry.get("displacement")}
     if task in shares:  # a merge without alignment has no groups
         log_figure(loggers, "merge/displacement", lambda: displacement_figure(shares), task)
+    alphas = {entry["task"]: torch.tensor([entry["alpha"]]) for entry in history if "alpha" in entry}
+    log_figure(loggers, "merge/alpha_over_tasks", lambda: alpha_figure({"": alphas}), task)
 
 
 def log_accuracies(loggers: Sequence[Logger], matrix: Tensor, task: int) -> None:
-    """Log what the accuracy matrix says after ``task``, at that step, and the matrix as a figure."""
+    """Log what the accuracy matrix says after ``task``, at that step, and as figures."""
     seen = after_task(matrix, task)
     numbers = {f"accuracy/task_{s:02d}": float(value) for s, value in enumerate(seen[-1])}
     numbers["accuracy/average"] = average_accuracy(seen)
@@ -81,5 +86,6 @@ def log_accuracies(loggers: Sequence[Logger], matrix: Tensor, task: int) -> None
     for logger in loggers:
         logger.log_metrics(numbers, step=task)
     log_figure(loggers, "accuracy/matrix", lambda: accuracy_matrix_figure(matrix), task)
+    log_figure(loggers, "accuracy/over_tasks", lambda: accuracy_over_tasks_figure({"": [seen]}), task)
     for logger in loggers:
         logger.save()

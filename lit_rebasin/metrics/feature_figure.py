@@ -1,6 +1,6 @@
 """How fast the features of every layer are learned, as a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -10,20 +10,24 @@ from matplotlib.ticker import MaxNLocator
 _NAMED = 12
 
 
-def feature_speed_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
+def feature_speed_figure(curves: Mapping[str, Sequence[tuple[float, float]]], tasks: Iterable[float] = ()) -> Figure:
     """Draw the relative change of the features a step: a line a layer, from the first (dark) to the last (bright).
 
     Args:
-        curves: By layer, in order, one value a measurement.
+        curves: By layer, in order, the measurements: how many epochs had been trained, and the change.
+        tasks: After how many epochs a new task began; a thin line each.
     """
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for index, (name, values) in enumerate(curves.items()):
+    for begun in tasks:
+        axes.axvline(begun, color="0.8", linewidth=1, zorder=0)
+    for index, (name, points) in enumerate(curves.items()):
         color = colormaps["viridis"](0.9 * index / max(1, len(curves) - 1))
-        shown = [value if value > 0 else float("nan") for value in values]
-        axes.plot(range(1, len(values) + 1), shown, color=color, marker="o", markersize=2.5, linewidth=1.2, label=name)
-    axes.set(xlabel="measurement", ylabel="relative change of the features a step", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        shown = [speed if speed > 0 else float("nan") for _, speed in points]
+        epochs = [epoch for epoch, _ in points]
+        axes.plot(epochs, shown, color=color, marker="o", markersize=2.5, linewidth=1.2, label=name)
+    axes.set(xlabel="epochs trained", ylabel="relative change of the features a step", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     if len(curves) <= _NAMED:

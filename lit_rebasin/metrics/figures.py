@@ -50,7 +50,7 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
     """Draw the average accuracy over the tasks seen so far: the mean over seeds, and the range as a band.
 
     Args:
-        matrices: By method, one accuracy matrix a seed.
+        matrices: By method, one accuracy matrix a seed; a method without a name is not in the legend.
     """
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -66,11 +66,12 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
             tasks, curves.min(0).values.numpy(), curves.max(0).values.numpy(), color=color, alpha=0.18, linewidth=0
         )
     axes.set(xlabel="tasks learned", ylabel="average accuracy on them")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
+    if any(matrices):
+        axes.legend(frameon=False)
     return figure
 
 
@@ -80,7 +81,7 @@ def heat_map(axes: Axes, matrix: Tensor) -> AxesImage:
     image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     axes.set_xlabel("task evaluated")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
     if n <= 10:
         for row in range(n):
             for column in range(n):

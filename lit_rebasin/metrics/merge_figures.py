@@ -118,7 +118,7 @@ def alpha_figure(alphas: Mapping[str, Mapping[int, Tensor]]) -> Figure:
             axes, torch.tensor(list(by_task)), torch.stack(list(by_task.values()), 1), {**style, "label": method}
         )
     axes.set(xlabel="task merged in", ylabel="alpha, weight of\nthe previous model", ylim=(-0.03, 1.03))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     return figure

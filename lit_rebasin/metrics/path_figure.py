@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -14,36 +15,51 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def path_figure(alphas: Tensor, before: Tensor, after: Tensor, alpha: float | None, task: int) -> Figure:
-    """Draw the loss between the previous and the new model, before and after alignment.
+def path_figure(
+    alphas: Tensor,
+    before: Tensor,
+    after: Tensor,
+    alpha: float | None,
+    task: int,
+    other: str = "previous",
+    accuracies: tuple[Tensor, Tensor] | None = None,
+) -> Figure:
+    """Draw the loss between the new model and another one, before and after alignment, and the accuracy beside it where it is given.
 
     Args:
-        alphas: ``(points,)``, the weight of the previous model.
+        alphas: ``(points,)``, the weight of the other model.
         before: ``(points,)``, the loss without alignment.
         after: ``(points,)``, the loss with it.
         alpha: Where the two were merged, if anywhere.
         task: Index of the task just learned.
+        other: Which model the other one is.
+        accuracies: ``(points,)`` each, without alignment and with it.
     """
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, losses in {"before": before, "after": after}.items():
-        axes.plot(alphas.numpy(), losses.numpy(), markersize=3, **STYLES[name])
-    if alpha is not None:
-        axes.axvline(alpha, color="0.5", linewidth=1)
-        axes.annotate(
-            f"merged at {alpha:.2f}",
-            (alpha, 0),
-            (3, 4),
-            ("data", "axes fraction"),
-            "offset points",
-            fontsize=8,
-            color="0.4",
-        )
-    axes.set(
-        xlabel="alpha, weight of the previous model",
-        ylabel="loss",
-        title=f"Linear path after task {task}",
-    )
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    curves = {"loss": (before, after)} | ({"accuracy": accuracies} if accuracies is not None else {})
+    figure = Figure(figsize=(5 if len(curves) == 1 else 8.4, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (quantity, pair) in zip(panels, curves.items(), strict=True):
+        for name, values in zip(STYLES, pair, strict=True):
+            axes.plot(alphas.numpy(), values.numpy(), markersize=3, **STYLES[name])
+        if alpha is not None:
+            _mark(axes, alpha)
+        axes.set(xlabel=f"alpha, weight of the {other} model", ylabel=quantity)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"Linear path to the {other} model, after task {task}")
     return figure
+
+
+def _mark(axes: Axes, alpha: float) -> None:
+    axes.axvline(alpha, color="0.5", linewidth=1)
+    side, aside = ("right", -3) if alpha > 0.5 else ("left", 3)
+    axes.annotate(
+        f"merged at {alpha:.2f}",
+        (alpha, 0),
+        (aside, 4),
+        ("data", "axes fraction"),
+        "offset points",
+        fontsize=8,
+        color="0.4",
+        horizontalalignment=side,
+    )

@@ -1,11 +1,17 @@
 """The loss on the plane through three networks, as a picture."""
 
 from collections.abc import Sequence
+from math import ceil, floor, inf, log10
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lit_rebasin.merging import PlaneLosses
+
+# Losses that lie this many times apart are marked at powers of ten, and parts of them.
+_WIDE = 10
+_TICKS = 7
 
 
 def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
@@ -15,7 +21,7 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
         plane: What :func:`~lit_rebasin.merging.loss_plane` measured.
         names: What the three networks are called.
     """
-    losses = plane.losses.numpy()
+    losses = plane.losses.double().numpy()
     finite = losses[np.isfinite(losses)]
     figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -28,7 +34,9 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
             plane.x, plane.y, np.ma.masked_invalid(losses), levels=levels, cmap="viridis_r", norm=norm
         )
         axes.contour(plane.x, plane.y, np.ma.masked_invalid(losses), levels=levels, colors="white", linewidths=0.4)
-        bar = figure.colorbar(drawn, ax=axes, label="loss", format="%.2g")
+        bar = figure.colorbar(drawn, ax=axes, label="loss", spacing="proportional")
+        ticks = _ticks(low, high)
+        bar.set_ticks(ticks, labels=_labels(ticks))
         bar.ax.minorticks_off()
     for (x, y), name, marker in zip(plane.corners.tolist(), names, "osD", strict=True):
         axes.plot(x, y, marker=marker, markersize=7, markerfacecolor="#D55E00", markeredgecolor="white", linestyle="")
@@ -38,3 +46,25 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
     axes.set(xlabel="distance of the weights along the first two", ylabel="across, towards the third")
     axes.set_aspect("equal")
     return figure
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return a few round losses between two."""
+    if low > 0 and high > _WIDE * low:
+        first, last = floor(log10(low)), ceil(log10(high))
+        parts = (1, 2, 5) if last - first <= 3 else (1,)
+        powers = range(first, last + 1, ceil((last - first) / _TICKS))
+        ticks = [float(f"{part}e{power}") for power in powers for part in parts]
+    else:
+        ticks = list(map(float, MaxNLocator(_TICKS, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """Return the ticks in as many digits as show each within a hundredth of the gap to the next."""
+    gap = min(np.diff(ticks), default=inf)
+    for digits in range(6, 17):
+        labels = [f"{tick:.{digits}g}" for tick in ticks]
+        if all(abs(float(label) - tick) < 0.01 * gap for label, tick in zip(labels, ticks, strict=True)):
+            break
+    return labels

@@ -10,13 +10,16 @@ from torch import Tensor
 
 # More lines than these hide each other.
 _SAMPLES = 60
+# Letters that a title has room for.
+_LONG = 36
 
 
-def tracks_figure(tracks: Mapping[str, Sequence[Tensor]]) -> Figure:
+def tracks_figure(tracks: Mapping[str, Sequence[Tensor]], ends: Mapping[str, str] | None = None) -> Figure:
     """Draw tracks in the plane that holds most of each: a line a sample, from where it begins (dark) to where it ends (bright).
 
     Args:
         tracks: By the name of the first layer, points ``(B, width)`` of one width.
+        ends: By the same name, that of the last layer, where it is to be said.
     """
     columns = 2 if len(tracks) == 4 else min(3, len(tracks))
     rows = -(-len(tracks) // columns)
@@ -34,12 +37,20 @@ def tracks_figure(tracks: Mapping[str, Sequence[Tensor]]) -> Figure:
             last = axes.add_collection(lines)
         axes.scatter(*points[-1].T.numpy(), s=8, color="#FDE725", edgecolors="0.3", linewidths=0.3, zorder=3)
         axes.scatter(*points[0].T.numpy(), s=8, color="#440154", zorder=3)
-        axes.set(title=f"from {name}, {len(points) - 1} steps", xlabel="first principal axis", ylabel="second")
+        axes.set(xlabel="first principal axis", ylabel="second")
+        axes.set_title(_title(name, (ends or {}).get(name), len(points) - 1), fontsize=10, parse_math=False)
         axes.set_aspect("equal", adjustable="datalim")
         axes.spines[["top", "right"]].set_visible(False)
     if last is not None:
         figure.colorbar(last, ax=list(panels), label="step", shrink=0.85, ticks=MaxNLocator(integer=True))
     return figure
+
+
+def _title(first: str, last: str | None, steps: int) -> str:
+    way = f"from {first}" + (f" to {last}" if last is not None else "")
+    if len(way) > _LONG:
+        way = way.replace(" to ", "\nto ")
+    return f"{way}, {steps} step{'s' * (steps != 1)}"
 
 
 def _plane(points: Tensor) -> Tensor:

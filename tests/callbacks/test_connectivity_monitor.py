@@ -67,6 +67,7 @@ def test_connectivity_is_with_the_network_that_the_task_began_with(tmp_path):
     measured = loss_barrier(path, [(X, Y)])
     found = monitor.history[-1]
     assert found["connectivity/area"] == pytest.approx(measured.area, rel=1e-3)
+    assert monitor._figures()["connectivity/path"]().axes[0].get_xlabel() == "alpha, weight of the previous model"
     gap = torch.cat([module.head.weight - before.head.weight, (module.head.bias - before.head.bias)[:, None]], 1)
     assert found["connectivity/paired/head"] == pytest.approx(float(gap.square().sum(1).mean()) ** 0.5, rel=1e-4)
 
@@ -170,8 +171,13 @@ def test_connectivity_of_what_is_aligned(tmp_path):
         found["connectivity_reference/wasserstein/net.0"], rel=0.05
     )
     figures = {tag: draw() for tag, draw in monitor._figures().items()}
-    before, after = (line.get_ydata() for line in figures["connectivity_reference/path"].axes[0].lines[:2])
+    loss, accuracy = figures["connectivity_reference/path"].axes
+    before, after = (line.get_ydata() for line in loss.lines[:2])
     assert max(after) < max(before)
+    assert loss.get_xlabel() == "alpha, weight of the reference model"
+    middle, middle_aligned = (line.get_ydata()[10] for line in accuracy.lines)
+    assert middle == pytest.approx(found["connectivity_reference/train_acc_middle"])
+    assert middle_aligned == pytest.approx(found["connectivity_reference/train_acc_middle_aligned"])
     axes = figures["connectivity_reference/plane"].axes[0]
     corners = {text.get_text(): line.get_xydata()[0] for text, line in zip(axes.texts, axes.lines, strict=True)}
     gap = math.dist(corners["reference"], corners["aligned"])

@@ -15,7 +15,8 @@ from lit_rebasin import (
     FeatureLearningMonitor,
 )
 
-from .monitored import Plain, X, Y, fit
+from .monitored import Plain, X, Y, fit, whole
+from .user_code import UserModule, Walk, make_trainer
 
 
 def test_feature_speed_formula_holds_for_a_small_step(tmp_path):
@@ -145,3 +146,42 @@ def test_layers_over_sequences_have_rows(tmp_path):
     assert found["feature_learning/speed/net"] == pytest.approx(expected, rel=1e-4)
     assert found["feature_learning/speed/attention"] > 0
     assert found["feature_learning/backward/attention"] > 0
+
+
+def epochs_drawn(monitor):
+    """Where the picture has a task begin, and where it has measurements."""
+    lines = monitor._figures()["feature_learning/speed"]().axes[0].lines
+    vertical = [line for line in lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+    return [line.get_xdata()[0] for line in vertical], lines[-1].get_xdata().tolist()
+
+
+def test_epochs_are_counted_through_fits_that_are_a_task_each(tmp_path):
+    monitor, module = FeatureLearningMonitor(every_n_epochs=2), Plain()
+    for epochs in (3, 5, 1, 2):
+        fit(tmp_path, monitor, module, max_epochs=epochs)
+    assert epochs_drawn(monitor) == ([3, 8, 9], [0, 2, 3, 5, 7, 8, 9])
+    assert [entry["epoch"] for entry in monitor.history] == [0, 2, 0, 2, 4, 0, 0]
+
+
+def test_epochs_are_counted_through_a_fit_that_walks_a_stream(tmp_path):
+    monitor = FeatureLearningMonitor()
+    trainer = make_trainer(tmp_path, monitor, max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(UserModule(), datamodule=Walk())
+    assert epochs_drawn(monitor) == ([2], [0, 1, 2, 3])
+
+
+def test_epochs_are_counted_through_a_resumed_fit(tmp_path):
+    monitor, module = FeatureLearningMonitor(), Plain()
+    fit(tmp_path, monitor, module, max_epochs=2)
+
+    class Saver(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    trainer = make_trainer(tmp_path, monitor, Saver(), max_epochs=3)
+    trainer.fit(module, whole())
+    resumed = FeatureLearningMonitor()
+    make_trainer(tmp_path, resumed, max_epochs=3).fit(Plain(), whole(), ckpt_path=tmp_path / "half.ckpt")
+    fit(tmp_path, resumed, Plain(), max_epochs=1)
+    assert epochs_drawn(resumed) == ([2, 5], [0, 1, 2, 3, 4, 5])

@@ -1,12 +1,14 @@
 import gc
+import json
 import warnings
 import weakref
+import zipfile
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -46,6 +48,38 @@ class Broken(Silent):
         raise ConnectionError("no line to the server")
 
 
+class MlflowStandIn(MLFlowLogger):
+    """An MLFlowLogger without MLflow: its client has the signature of MlflowClient.log_figure."""
+
+    def __init__(self):
+        self.taken = []
+
+    @property
+    def experiment(self):
+        return self
+
+    @property
+    def run_id(self):
+        return "run"
+
+    def log_figure(self, run_id, figure, artifact_file, *, save_kwargs=None):
+        self.taken.append((run_id, figure, artifact_file))
+
+
+class CometStandIn(CometLogger):
+    """A CometLogger without Comet: its experiment has the signature of Experiment.log_figure."""
+
+    def __init__(self):
+        self.taken = []
+
+    @property
+    def experiment(self):
+        return self
+
+    def log_figure(self, figure_name=None, figure=None, overwrite=False, step=None, metadata=None, format="auto"):
+        self.taken.append((figure_name, figure, overwrite, step))
+
+
 class Pen:
     """Draws, and counts how often."""
 
@@ -77,6 +111,61 @@ def test_a_logger_with_log_image_gets_rgb_pixels():
     assert (key, step) == ("merge/path", 7)
     assert (image.shape, image.dtype) == ((100, 200, 3), np.uint8)
     assert (image == [255, 0, 0]).all()
+
+
+def test_mlflow_gets_an_artifact_named_by_tag_and_step():
+    logger, pen = MlflowStandIn(), Pen()
+    log_figure([logger], "connectivity/path", pen, 120)
+    ((run, figure, file),) = logger.taken
+    assert (run, file) == ("run", "connectivity/path/step_00000120.png")
+    assert figure is pen.figures[0]()
+
+
+def test_comet_gets_the_figure_at_its_step():
+    logger, pen = CometStandIn(), Pen()
+    log_figure([logger], "connectivity/path", pen, 120)
+    ((name, figure, overwrite, step),) = logger.taken
+    assert (name, overwrite, step) == ("connectivity/path", False, 120)
+    assert figure is pen.figures[0]()
+
+
+def test_a_way_that_a_user_gave_a_logger_is_taken():
+    class Own(MlflowStandIn, Album):
+        pass
+
+    logger = Own()
+    log_figure([logger], "a", Pen(), 0)
+    ((key, _, _),) = logger.taken
+    assert key == "a"
+
+
+def test_mlflow_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    logger = MLFlowLogger(
+        tracking_uri=f"sqlite:///{tmp_path}/store.db", artifact_location=(tmp_path / "files").as_uri()
+    )
+    fit_two_tasks(tmp_path, [logger])
+    root = tmp_path / "files" / logger.run_id / "artifacts"
+    found = {file.relative_to(root).as_posix(): file for file in root.rglob("*.png")}
+    assert set(found) == {f"{tag}/step_{step:08d}.png" for tag, step in OF_TWO_TASKS}
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in found.values())
+
+
+def test_comet_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMET_START_ONLINE", "false")
+    pytest.importorskip("comet_ml")
+    logger = CometLogger(project="tests", offline_directory=str(tmp_path))
+    fit_two_tasks(tmp_path, [logger])
+    logger.experiment.end()
+    (archive,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(archive) as files:
+        messages = [json.loads(line) for line in files.read("messages.json").splitlines()]
+    uploads = [
+        m["payload"]["additional_params"] for m in messages if m["payload"].get("upload_type") == "visualization"
+    ]
+    assert sorted((upload["figName"], upload["step"]) for upload in uploads) == sorted(OF_TWO_TASKS)
 
 
 def test_one_drawing_serves_all_and_none_is_made_for_nobody(tmp_path):
@@ -118,6 +207,18 @@ def test_a_logger_that_fails_is_warned_of_once_and_the_others_get_theirs():
         log_figure([Broken()], "a", Pen(), 0)  # another one
 
 
+# Pictures of the fits below, each at its step.
+OF_TWO_TASKS = [
+    ("accuracy/matrix", 0),
+    ("accuracy/over_tasks", 0),
+    ("merge/path", 1),
+    ("merge/displacement", 1),
+    ("merge/alpha_over_tasks", 1),
+    ("accuracy/matrix", 1),
+    ("accuracy/over_tasks", 1),
+]
+
+
 def fit_two_tasks(tmp_path, loggers):
     merge, monitor, module = RebasinMerge(start="fresh"), ContinualMonitor(), UserModule()
     for task in range(2):
@@ -129,16 +230,35 @@ def fit_two_tasks(tmp_path, loggers):
 def test_every_picture_of_a_fit_reaches_all_loggers_that_take_some(tmp_path):
     album, board = Album(), TensorBoardLogger(tmp_path / "logs", version=0)
     fit_two_tasks(tmp_path, [album, board, Silent(), CSVLogger(tmp_path)])
-    expected = [("accuracy/matrix", 0), ("merge/path", 1), ("merge/displacement", 1), ("accuracy/matrix", 1)]
-    assert [(key, step) for key, _, step in album.taken] == expected
+    assert [(key, step) for key, _, step in album.taken] == OF_TWO_TASKS
     events = images(board)
-    assert sorted((tag, e.step) for tag in events.Tags()["images"] for e in events.Images(tag)) == sorted(expected)
+    assert sorted((tag, e.step) for tag in events.Tags()["images"] for e in events.Images(tag)) == sorted(OF_TWO_TASKS)
 
 
 @pytest.mark.filterwarnings("ignore:Broken did not take")
 def test_a_logger_that_takes_no_picture_does_not_end_the_training(tmp_path):
     merge = fit_two_tasks(tmp_path, [Broken(), Silent()])
     assert merge.n_tasks == 2
+
+
+def test_the_pictures_over_tasks_are_of_all_so_far(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "lit_rebasin.callbacks.report.log_figure", lambda _, tag, draw, step: drawn.append((tag, draw()))
+    )
+    merge, monitor, module = RebasinMerge(alpha="line-search", start="fresh"), ContinualMonitor(), UserModule()
+    for task in range(3):
+        trainer = make_trainer(tmp_path, merge, monitor, logger=Silent())
+        trainer.fit(module, loader(shift=task), [loader(shift=seen, shuffle=False) for seen in range(3)])
+    first, figures = dict(reversed(drawn)), dict(drawn)
+    assert list(first["accuracy/over_tasks"].axes[0].lines[0].get_xdata()) == [1]
+    (alphas,) = figures["merge/alpha_over_tasks"].axes[0].lines
+    assert list(alphas.get_xdata()) == [1, 2]
+    assert list(alphas.get_ydata()) == pytest.approx([entry["alpha"] for entry in merge.history])
+    axes = figures["accuracy/over_tasks"].axes[0]
+    means = [float(monitor.matrix[task, : task + 1].mean()) for task in range(3)]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx(means)
+    assert axes.get_legend() is None
 
 
 def test_the_path_and_the_displacement_are_logged_as_numbers(tmp_path):

@@ -75,6 +75,44 @@ def test_arguments_that_do_not_fit():
         loss_plane(weights(0), weights(1), {"a": weights(2)["a"]}, lambda one: 0.0)
 
 
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (1.2, 1.2005),
+        (1.2, 1.200003),
+        (1.2, 1.25),
+        (0.4, 2.3),
+        (0.3, 7),
+        (1.0, 19.0),
+        (0.9, 90),
+        (1e-3, 3),
+        (1e-9, 1e4),
+        (2e-12, 1e-11),
+        (0, 1e-7),
+        (-3.00001, -3),
+        (-3, 4),
+        (-1e6, 2),
+        (3e5, 3.1e5),
+    ],
+)
+def test_losses_on_the_colour_bar_differ_and_are_where_they_say(low, high):
+    x = torch.linspace(0, 1, 5, dtype=torch.float64)
+    shares = (x[:, None] + x[None, :]) / 2
+    losses = low * (high / low) ** shares if low > 0 else low + (high - low) * shares
+    figure = plane_figure(PlaneLosses(x, x, losses, torch.rand(3, 2)), ("a", "b", "c"))
+    figure.draw_without_rendering()
+    bar = figure.axes[1].yaxis
+    places, labels = bar.get_majorticklocs(), [label.get_text() for label in bar.get_ticklabels()]
+    assert 3 <= len(set(labels)) == len(labels) <= 10
+    assert all(low <= place <= high for place in places)
+    assert max(abs(float(label) - place) for label, place in zip(labels, places, strict=True)) < 0.01 * (high - low)
+    assert all(len(label) < 12 for label in labels)
+    marks = torch.tensor([low, *places, high], dtype=torch.float64)
+    spread = (marks.log() if low > 0 else marks).diff()  # as the bar shows them
+    assert spread.max() < 0.5 * spread.sum()
+    assert not bar.get_minorticklocs().size
+
+
 def test_the_picture_marks_the_three():
     plane = loss_plane(*[weights(k) for k in range(3)], lambda one: flat(one).square().sum(), points=5)
     axes = plane_figure(plane, ("previous", "new", "aligned")).axes[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lit_rebasin.metrics import FeatureSpeed
+from lit_rebasin.metrics import FeatureSpeed, feature_speed_figure
 
 
 def test_numbers_are_those_of_numpy_over_all_batches():
@@ -113,3 +113,13 @@ def test_errors():
         metric.update(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"after must be of floating point, got torch.int64"):
         metric.update(torch.ones(2), torch.ones(2).long(), torch.ones(2))
+
+
+def test_the_picture_has_a_line_a_layer_over_the_epochs_and_one_where_a_task_begins():
+    figure = feature_speed_figure({"a": [(0, 0.1), (5, 0.2)], "b": [(0, 0.3), (5, 0.0)]}, tasks=[3])
+    task, first, second = figure.axes[0].lines
+    assert set(task.get_xdata()) == {3}
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([0, 5], [0.1, 0.2])
+    assert second.get_ydata()[0] == 0.3
+    assert math.isnan(second.get_ydata()[1])  # has no logarithm
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]

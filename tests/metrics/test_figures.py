@@ -35,13 +35,44 @@ def test_curves_are_means_over_seeds_of_the_tasks_seen():
     assert list(line.get_xdata()) == [1, 2]
 
 
+def test_one_method_without_a_name_has_no_legend_and_a_task_that_was_not_measured_a_gap():
+    matrix = torch.tensor([[0.9, 0.1, 0.1], [float("nan")] * 3, [0.5, 0.6, 0.7]])
+    axes = accuracy_over_tasks_figure({"": [matrix]}).axes[0]
+    assert axes.get_legend() is None
+    assert [round(value, 3) for value in axes.lines[0].get_ydata() if value == value] == [0.9, 0.6]
+    assert accuracy_over_tasks_figure({"replay": [matrix]}).axes[0].get_legend() is not None
+
+
+def test_one_task_alone_is_on_a_whole_number():
+    for figure in (
+        accuracy_over_tasks_figure({"": [torch.tensor([[0.9]])]}),
+        accuracy_matrices_figure({"": torch.tensor([[0.9]])}),
+        alpha_figure({"": {1: torch.tensor([0.5])}}),
+    ):
+        assert all(place == round(place) for place in figure.axes[0].xaxis.get_majorticklocs())
+
+
 def test_path_shows_both_curves_and_where_it_was_merged():
     alphas = torch.linspace(0, 1, 5)
     figure = path_figure(alphas, alphas**2, alphas, 0.25, 3)
-    lines = figure.axes[0].lines
+    (axes,) = figure.axes
+    lines = axes.lines
     assert list(lines[0].get_ydata()) == (alphas**2).tolist()
     assert list(lines[1].get_ydata()) == alphas.tolist()
     assert set(lines[2].get_xdata()) == {0.25}
+    assert axes.get_xlabel() == "alpha, weight of the previous model"
+    assert figure.get_suptitle() == "Linear path to the previous model, after task 3"
+
+
+def test_path_to_another_model_with_accuracies_beside_the_loss():
+    alphas = torch.linspace(0, 1, 5)
+    figure = path_figure(alphas, alphas, alphas, None, 0, "reference", (1 - alphas, 1 - alphas**2))
+    loss, accuracy = figure.axes
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy"]
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [(1 - alphas).tolist(), (1 - alphas**2).tolist()]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"alpha, weight of the reference model"}
+    assert "previous" not in figure.get_suptitle()
+    assert [text.get_text() for text in loss.get_legend().texts] == ["as trained", "aligned"]
 
 
 def test_matrices_wrap_into_rows_and_what_was_not_measured_has_no_number():

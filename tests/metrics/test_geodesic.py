@@ -328,3 +328,12 @@ def test_the_picture_has_a_line_a_sample():
     assert [axes.get_title() for axes in panels] == ["from a, 3 steps", "from b, 3 steps"]
     lines = [c for c in panels[0].collections if len(c.get_paths()) == 3]
     assert len(lines) == 7
+
+
+def test_the_picture_names_the_last_layer_where_it_is_known():
+    tracks = {name: [cloud(7, 5, seed=layer) for layer in range(3)] for name in ("a_$1", "b", "net.blocks.0.first")}
+    figure = tracks_figure(tracks, {"a_$1": "c_$2", "net.blocks.0.first": "net.blocks.11.second"})
+    figure.draw_without_rendering()
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    long = "from net.blocks.0.first\nto net.blocks.11.second, 2 steps"
+    assert titles == ["from a_$1 to c_$2, 2 steps", "from b, 2 steps", long]
