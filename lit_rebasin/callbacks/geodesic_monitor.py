@@ -93,7 +93,8 @@ class GeodesicMonitor(Monitor):
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], Figure]]:
-        return {"geodesic/tracks": partial(tracks_figure, self._points)} if self._points else {}
+        ends = {name: layers[-1] for name, layers in self.tracks.items()}
+        return {"geodesic/tracks": partial(tracks_figure, self._points, ends)} if self._points else {}
 
 
 def _checked(layers: Sequence[str]) -> list[str]:

@@ -44,6 +44,8 @@ class Monitor(Callback):
         self._finished = 0  # tasks, where a fit is one
         self._reasons: set[str] = set()  # why a measurement has failed
         self._epoch = 0  # of the last batch; at the end of a fit the Trainer counts one more
+        # Optimizer steps of finished tasks, and those that the Trainer does not count, for a fresh one begins with 0.
+        self._steps, self._steps_before = 0, 0
         self._unfinished = False  # whether the task in hand has not been measured at its end
         self._training: KeptExamples | None = None  # of the task in hand
         self._validation: dict[int, KeptExamples] = {}  # by loader, on the CPU
@@ -89,6 +91,8 @@ class Monitor(Callback):
             self._training = KeptExamples(self.examples)
         self._training.add(batch)
         self.task, self._epoch, self._unfinished = task, trainer.current_epoch, True
+        if _counted(trainer) == 0:
+            self._steps_before = self._steps
 
     @override
     def on_train_batch_end(
@@ -110,13 +114,21 @@ class Monitor(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far."""
-        return {"history": self.history, "task": self.task, "finished": self._finished}
+        return {
+            "history": self.history,
+            "task": self.task,
+            "finished": self._finished,
+            "steps": self._steps,
+            "steps_before": self._steps_before,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what a checkpoint holds."""
         self.history = list(state_dict["history"])
         self.task, self._finished = state_dict["task"], state_dict["finished"]
+        # States of older versions lack what they did not know.
+        self._steps, self._steps_before = state_dict.get("steps", 0), state_dict.get("steps_before", 0)
 
     def _measure(self, trainer: "pl.Trainer", step: StepLoss, batch: Any) -> dict[str, float]:
         """Return the numbers by tag; called inside :meth:`StepLoss.quiet`."""
@@ -139,7 +151,8 @@ class Monitor(Callback):
         self._take(trainer, pl_module)
         for tag, draw in self._figures().items():
             with self._forgiving():
-                log_figure(trainer.loggers, tag, draw, _step(trainer))
+                log_figure(trainer.loggers, tag, draw, self._step(trainer))
+        self._steps = self._step(trainer) + 1  # the loop counts this batch only later
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -158,7 +171,11 @@ class Monitor(Callback):
         """Keep the numbers, and give them to all loggers."""
         self.history.append({"task": self.task, "epoch": self._epoch, **numbers})
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=_step(trainer))
+            logger.log_metrics(numbers, step=self._step(trainer))
+
+    def _step(self, trainer: "pl.Trainer") -> int:
+        """Return the optimizer step in all fits, as the curves of the module count it."""
+        return self._steps_before + _counted(trainer)
 
     def _task_of(self, trainer: "pl.Trainer") -> int:
         every = epochs_per_task(trainer)
@@ -189,6 +206,5 @@ class Monitor(Callback):
         return True
 
 
-def _step(trainer: "pl.Trainer") -> int:
-    """Return the optimizer step, as the curves of the module count it."""
+def _counted(trainer: "pl.Trainer") -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -101,6 +101,9 @@ class ContinualCLI(LightningCLI):
             "--overwrite", action="store_true", help="Let `benchmark` replace results that are in output_dir already."
         )
         parser.add_argument(
+            "--resume", action="store_true", help="Let `benchmark` go on with the runs that were stopped in output_dir."
+        )
+        parser.add_argument(
             "--per_method",
             type=dict[str, dict[str, Any]],
             default={},

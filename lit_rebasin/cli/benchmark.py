@@ -18,6 +18,7 @@ from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import LEARNING, METHODS
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, Setting, make_results
+from lit_rebasin.cli.resume import finished_runs, remove_checkpoints
 from lit_rebasin.cli.runs import Report, run_here, run_side_by_side
 
 
@@ -39,28 +40,26 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     _say_what_is_not_heeded(cli, methods)
     set_threads(cli.config.threads)
     folder = prepare_folder(cli.config.output_dir)
-    if (folder / "results.json").exists() and not cli.config.overwrite:
-        raise UsageError(
-            f"{folder} holds results already; choose another --output_dir, or pass --overwrite to replace them"
-        )
     planned = [(method, seed) for method in methods for seed in seeds]
-    found: dict[tuple[str, int], Outcome] = {}
-    results: dict[str, Any] = {}
+    found, setting = _begun(folder, cli, planned)
+    results = make_results(cli, setting, seeds, planned, found) if setting is not None else {}
+    waiting = [run for run in planned if run not in found]
     try:
         with _progress() as progress:
-            bar = progress.add_task("starting", total=len(planned))
+            bar = progress.add_task("starting", total=len(planned), completed=len(found))
 
             def report(share: float, text: str) -> None:
                 progress.update(bar, advance=share, description=text)
 
-            for run, outcome, setting in _finished(cli, configured, planned, folder, report):
+            for run, outcome, setting in _finished(cli, configured, waiting, folder, report):
                 found[run] = outcome
                 results = make_results(cli, setting, seeds, planned, found)
                 write_results(folder, results)
+                remove_checkpoints(_place(folder, *run))
     except BaseException as error:
         if results:
             lacking = ", ".join(results["protocol"]["missing"])
-            error.add_note(f"The finished runs are in {folder / 'results.json'}; missing: {lacking}")
+            error.add_note(f"The finished runs are in {folder / 'results.json'}; missing: {lacking}. --resume goes on.")
         raise
     finally:
         if results:
@@ -68,6 +67,26 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     Console().print(results_table(results))
     Console(soft_wrap=True).print(f"Results, pictures and TensorBoard logs: {folder}")
     return results
+
+
+def _begun(
+    folder: Path, cli: ContinualCLI, planned: Sequence[tuple[str, int]]
+) -> tuple[dict[tuple[str, int], Outcome], Setting | None]:
+    """Return the finished runs of a benchmark that goes on; nothing for one that begins."""
+    if cli.config.resume and cli.config.overwrite:
+        raise UsageError("--resume goes on with what is in output_dir, --overwrite begins anew: choose one")
+    if cli.config.resume:
+        return finished_runs(folder, cli, planned)
+    if (folder / "results.json").exists() and not cli.config.overwrite:
+        raise UsageError(
+            f"{folder} holds results already; choose another --output_dir, pass --resume to go on with runs that are missing there, or "
+            "--overwrite to replace them"
+        )
+    return {}, None
+
+
+def _place(folder: Path, method: str, seed: int) -> Path:
+    return folder / method / f"seed_{seed}"
 
 
 def _finished(
@@ -78,7 +97,7 @@ def _finished(
     report: Report,
 ) -> Iterator[tuple[tuple[str, int], Outcome, Setting]]:
     """Run methods with seeds, and yield what each comes to as soon as it is finished."""
-    places = [folder / method / f"seed_{seed}" for method, seed in planned]
+    places = [_place(folder, method, seed) for method, seed in planned]
     if cli.config.processes == 1:
         for (method, seed), place in zip(planned, places, strict=True):
             yield (method, seed), *run_here(configured[method], method, seed, place, report)

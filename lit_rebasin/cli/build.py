@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
-from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity
+from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RandomStates
 from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, merge_of
 from lit_rebasin.cli.report import write_text
-from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL
+from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL, WholeCheckpointIO
 from lit_rebasin.merging.data import evaluating
 from lit_rebasin.metrics import average_accuracy, forgetting
 
@@ -104,7 +104,8 @@ def build_run(
     monitor, record = ContinualMonitor(), MethodRecord(method, seed)
     model, merges = _learner(method, made, cli.strategy_options(method), seed)
     logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
-    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, *callbacks]
+    options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, RandomStates(), *callbacks]
+    options["plugins"] = [*_as_list(options.get("plugins")), WholeCheckpointIO()]
     trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
     return Run(trainer, model, made.data, monitor, record, config)
 

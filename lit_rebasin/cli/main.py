@@ -13,7 +13,12 @@ from lit_rebasin.cli.texts import COMMAND_HELP, HELP
 
 # Both commands read one YAML file, so each parser knows these keys, but on the command line they would be ignored.
 FOREIGN_OPTIONS = {
-    "fit": {"--methods": "use --method", "--seeds": "use --seed_everything", "--overwrite": "it belongs to benchmark"},
+    "fit": {
+        "--methods": "use --method",
+        "--seeds": "use --seed_everything",
+        "--overwrite": "it belongs to benchmark",
+        "--resume": "use --ckpt_path last",
+    },
     "benchmark": {"--method": "use --methods", "--seed_everything": "use --seeds", "--ckpt_path": "it belongs to fit"},
 }
 

@@ -18,6 +18,7 @@ class Method:
         fits: Whether `fit` knows it.
         baseline: Whether `benchmark` runs it with Avalanche's own strategy.
         unheeded: Keys of the configuration that do not concern it.
+        resumes: Whether a run of `benchmark` that was stopped can go on after the last task that it finished.
     """
 
     replay: bool
@@ -25,6 +26,7 @@ class Method:
     fits: bool = True
     baseline: bool = False
     unheeded: tuple[str, ...] = ()
+    resumes: bool = True
 
 
 # Of our own training step.
@@ -35,7 +37,7 @@ LEARNING = (
 _ALIGNMENT = ("merge.method", "merge.cost", "merge.init", "merge.options")
 _PLAIN = {"cost": None, "init": None, "options": None}
 _IDENTITY = {**_PLAIN, "method": "identity"}
-_avalanche = partial(Method, baseline=True, unheeded=LEARNING)
+_avalanche = partial(Method, baseline=True, unheeded=LEARNING, resumes=False)
 METHODS = {
     "finetune": _avalanche(replay=False),
     "ewc": _avalanche(replay=False, fits=False),
@@ -60,7 +62,12 @@ METHODS = {
         },
         fits=False,
     ),
-    "rebasin-il": Method(replay=True, fits=False, unheeded=tuple(key for key in LEARNING if key.startswith("model."))),
+    "rebasin-il": Method(
+        replay=True,
+        fits=False,
+        unheeded=tuple(key for key in LEARNING if key.startswith("model.")),
+        resumes=False,
+    ),
     "no-merge": Method(
         replay=True,
         merge={**_IDENTITY, "alpha": 0.0, "combine": "average", "statistics": "none"},

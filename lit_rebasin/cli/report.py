@@ -69,7 +69,10 @@ def write_pictures(folder: Path, results: dict[str, Any]) -> None:
 
 def as_matrices(written: Sequence[Sequence[Sequence[float | None]]]) -> list[Tensor]:
     """Return accuracy matrices as they were before they were written: NaN for null."""
-    return [torch.tensor([[nan if a is None else a for a in row] for row in matrix]) for matrix in written]
+    return [
+        torch.tensor([[nan if a is None else a for a in row] for row in matrix], dtype=torch.float64)
+        for matrix in written
+    ]
 
 
 def print_accuracy(method: str, matrix: Tensor, n_tasks: int, folder: Path) -> bool:

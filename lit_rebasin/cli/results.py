@@ -72,7 +72,7 @@ def make_results(
         if run in found:
             outcomes.setdefault(run[0], []).append(found[run])
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
-    for key in ("methods", "seeds", "method", "seed_everything", "output_dir", "overwrite", "ckpt_path"):
+    for key in ("methods", "seeds", "method", "seed_everything", "output_dir", "overwrite", "resume", "ckpt_path"):
         config.pop(key, None)
     config["trainer"] |= setting.trainer
     config["data"] |= {"n_tasks": setting.n_tasks, "scenario": setting.scenario}
@@ -107,7 +107,7 @@ def _commit() -> str | None:
 
 
 def _numbers(found: Sequence[Outcome]) -> dict[str, Any]:
-    matrices = [outcome.matrix for outcome in found]
+    matrices = [outcome.matrix.double() for outcome in found]
     numbers = {
         "accuracy": [average_accuracy(matrix) for matrix in matrices],
         "forgetting": [forgetting(matrix) for matrix in matrices],

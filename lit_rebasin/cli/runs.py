@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +21,7 @@ from lit_rebasin.cli.completeness import complete
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
 from lit_rebasin.cli.results import Outcome, Setting
+from lit_rebasin.cli.resume import checkpoint_to_resume
 from lit_rebasin.continual import ContinualClassifier
 
 # Called with the share of a run that is done since the last call, and where it is.
@@ -30,13 +32,29 @@ def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Re
     """Train a method with a seed; its logs and configuration go to ``folder``."""
     if METHODS[method].baseline:
         import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
-    started, worked = perf_counter(), _cpu_seconds()
     watch = _Watch(report, f"{method} · seed {seed}")
-    run = build_run(cli, method, seed, folder, [watch], **QUIET)
+    savers = _savers(cli, method, folder)
+    run = build_run(cli, method, seed, folder, [watch, *savers], **{**QUIET, "enable_checkpointing": bool(savers)})
+    checkpoint = checkpoint_to_resume(cli, run, folder)
     write_record(cli, run, folder)
-    matrix = _matrix(cli, run, watch)
+    matrix = _matrix(cli, run, watch, checkpoint)
     log_outcome(run, matrix)
-    return Outcome(matrix, perf_counter() - started, _cpu_seconds() - worked, _moved(run)), Setting.of(run)
+    return Outcome(matrix, watch.seconds, watch.cpu_seconds, _moved(run)), Setting.of(run)
+
+
+def _savers(cli: ContinualCLI, method: str, folder: Path) -> list[ModelCheckpoint]:
+    """Return what writes a checkpoint at the end of every task, where a run can go on from one."""
+    if not METHODS[method].resumes or cli.config.parallel_tasks > 1:
+        return []
+    return [
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="last",
+            every_n_epochs=cli.config.data.epochs_per_task,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+    ]
 
 
 def run_side_by_side(
@@ -76,7 +94,7 @@ def _moved(run: Run) -> list[int | None] | None:
     return None
 
 
-def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch") -> Tensor:
+def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch", checkpoint: Path | None) -> Tensor:
     """Train a method with a seed, and return its accuracy matrix."""
     if METHODS[run.record.method].baseline:
         return _baseline(run, cli.strategy_options(run.record.method), watch)
@@ -88,7 +106,7 @@ def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch") -> Tensor:
             cli.config.threads,
             lambda task, epochs: watch.advance(task, run.n_tasks, epochs, epochs),
         )
-    run.trainer.fit(run.model, datamodule=run.data)
+    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
     return complete(run.monitor.matrix, run.n_tasks)
 
 
@@ -112,10 +130,34 @@ def _baseline(run: Run, options: dict[str, Any], watch: "_Watch") -> Tensor:
 
 
 class _Watch(pl.Callback):
-    """Reports how far a run is."""
+    """Reports how far a run is, and how long it has taken, before it was stopped and since."""
 
     def __init__(self, report: Report, title: str) -> None:
         self.report, self.title = report, title
+        self._started, self._worked = perf_counter(), _cpu_seconds()
+
+    @property
+    def seconds(self) -> float:
+        """By the clock."""
+        return perf_counter() - self._started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of the processors."""
+        return _cpu_seconds() - self._worked
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._started -= state_dict["seconds"]
+        self._worked -= state_dict["cpu_seconds"]
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self.report(trainer.current_epoch / (trainer.max_epochs or 1), self.title)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

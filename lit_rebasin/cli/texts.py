@@ -116,6 +116,8 @@ Run several methods over several seeds; print a table, write results.json, resul
  --per_method ...            what differs for a method, best in the file: ewc: {{ewc_lambda: 10}}, rebasin: {{merge.alpha: 0.7}}
  --seeds A,B                 one run a method and seed (0,1,2)
  --overwrite                 replace results that are in output_dir already
+ --resume                    go on with what is in output_dir: finished runs are kept, others go on after their last finished task; runs of
+                             Avalanche's strategies, of rebasin-il and of --parallel_tasks begin anew
 {KEYS}""",
     "sweep": f"""usage: lit-rebasin sweep --config FILE.yaml --vary KEY=V1,V2 [--vary ...] --output_dir DIR [--method NAME] [--KEY VALUE ...]
 

@@ -282,3 +282,18 @@ def test_numbers_are_logged_at_the_optimizer_step_and_pictures_once_a_task(tmp_p
     trained = [event.step for event in events.Scalars("train_acc")]
     assert steps == [trained[2], trained[5], trained[8]]
     assert len(events.Images("geodesic/tracks")) == 1
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_curves_of_fits_that_are_a_task_each_go_on(tmp_path, merges):
+    monitor = SharpnessMonitor()
+    callbacks = [monitor, *([RebasinMerge(alpha=0.5)] if merges else [])]
+    module = Plain()
+    for task in range(3):
+        logger = CSVLogger(tmp_path, version=task)
+        make_trainer(tmp_path, *callbacks, max_epochs=2, logger=logger).fit(
+            module, DataLoader(TensorDataset(X, Y), batch_size=20)
+        )
+        with Path(logger.log_dir, "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row.get("sharpness/trace")]
+        assert [int(row["step"]) for row in rows] == [6 * task + 2, 6 * task + 5]

@@ -1,0 +1,80 @@
+"""Runs that are killed, a script: ``python -m tests.cli.killed JOBS.json`` with a list of ``{"words", "share", "sabotage", "log"}``.
+
+The work is imported once; each job is a process of its own, which is killed after a share of the time that the first job took, or by itself
+as it writes a file. The exit code is printed, or minus the signal, a line a job.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+import lit_rebasin.cli.benchmark
+import lit_rebasin.cli.fit  # noqa: F401 - imported once for all jobs
+from lit_rebasin.cli import main
+
+
+def suicide(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sabotaged(kind, suffix, count):
+    """Let the process kill itself as it writes a file of a suffix for the n-th time: half-way, or before it is renamed."""
+    calls = [0]
+    owner, name = (torch, "save") if kind == "half" else (os, "replace")
+    real = getattr(owner, name)
+
+    def write(*args, **kwargs):
+        target = str(args[1])
+        if target.removesuffix(".tmp").endswith(suffix):
+            calls[0] += 1
+            if calls[0] == count:
+                if kind == "half":
+                    real(*args, **kwargs)
+                    path = Path(target)
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                suicide()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, write)
+
+
+def child(job):
+    """Run the command, its output set aside."""
+    out = os.open(job.get("log", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if job.get("sabotage"):
+        sabotaged(*job["sabotage"])
+    os._exit(main(job["words"]))
+
+
+def run(job, whole):
+    """Return the exit code, or minus the signal that ended the process."""
+    pid = os.fork()
+    if not pid:
+        child(job)
+    until = time.monotonic() + job["share"] * whole if "share" in job else float("inf")
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+            until = float("inf")
+        time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    whole = None
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        began = time.monotonic()
+        print(run(job, whole), flush=True)
+        whole = whole or time.monotonic() - began

@@ -1,0 +1,214 @@
+"""Runs that were killed, against those that were not."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_rebasin.cli import main
+
+from .words import CONFIG, ROOT, SMALL
+
+STREAM = [
+    "--config",
+    CONFIG,
+    *SMALL,
+    *("--data.n_tasks", "3", "--data.epochs_per_task", "1", "--threads", "1"),
+    # A network that draws in every step.
+    "--model.backbone=avalanche.models.SimpleMLP",
+    *("--model.backbone.num_classes", "10", "--model.backbone.input_size", "64", "--model.backbone.drop_rate", "0.5"),
+]
+METHODS = ["--methods", "finetune,average,rebasin", "--seeds", "0"]
+KILLED = -signal.SIGKILL
+
+
+def run_jobs(folder, jobs):
+    """Run commands one after another; return their exit codes."""
+    for job in jobs:
+        job["log"] = str(folder / "log")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.cli.killed", str(folder / "jobs.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def said(folder):
+    return (folder / "log").read_text(errors="replace")
+
+
+def entries(value, name=""):
+    """Yield what a checkpoint holds by name, but for times and the folder it lies in."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from entries(item, f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for key, item in enumerate(value):
+            yield from entries(item, f"{name}/{key}")
+    elif not name.endswith(("seconds", "_path", "dirpath")):
+        yield name, value
+
+
+def checkpoint(folder):
+    path = folder / "fit" / "rebasin" / "seed_0" / "checkpoints" / "last.ckpt"
+    return dict(entries(torch.load(path, weights_only=True)))
+
+
+def assert_same_fit(folder, whole):
+    found, expected = checkpoint(folder), checkpoint(whole)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[name], value), name
+        else:
+            assert found[name] == value, name
+    assert not list(folder.rglob("*.tmp"))
+
+
+def numbers(folder):
+    """What a benchmark came to, but for how long it took."""
+    results = json.loads((folder / "results.json").read_text())
+    assert not results["protocol"]["missing"]
+    kept = ("accuracy", "forgetting", "backward_transfer", "accuracy_matrix", "moved")
+    return {name: {key: found.get(key) for key in kept} for name, found in results["methods"].items()}
+
+
+def fit(folder, goes_on=False, **job):
+    again = ["--ckpt_path", "last"] if goes_on else []
+    return {"words": ["fit", *STREAM, "--output_dir", str(folder), *again], **job}
+
+
+def benchmark(folder, goes_on=False, **job):
+    again = ["--resume"] if goes_on else []
+    return {"words": ["benchmark", *STREAM, *METHODS, "--output_dir", str(folder), *again], **job}
+
+
+def killed_fits(tmp_path, shares):
+    """A whole fit, and one for each list of shares that is killed so often, and then left alone."""
+    jobs = [fit(tmp_path / "whole")]
+    for number, moments in enumerate(shares):
+        folder = tmp_path / f"cut_{number}"
+        jobs += [fit(folder, goes_on=k > 0, share=share) for k, share in enumerate(moments)]
+        jobs.append(fit(folder, goes_on=True))
+    codes = run_jobs(tmp_path, jobs)
+    assert codes[0] == 0, said(tmp_path)
+    # One that was to be killed late may be done before.
+    assert all(code in ((0, KILLED) if "share" in job else (0,)) for job, code in zip(jobs, codes, strict=True)), said(
+        tmp_path
+    )
+    for number in range(len(shares)):
+        assert_same_fit(tmp_path / f"cut_{number}", tmp_path / "whole")
+    return codes.count(KILLED)
+
+
+def test_a_fit_that_was_killed_ends_as_if_it_never_was(tmp_path):
+    assert killed_fits(tmp_path, [[0.35], [0.8, 0.5]]) >= 2
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments(tmp_path):
+    draw = random.Random(0)
+    assert killed_fits(tmp_path, [[draw.uniform(0.05, 0.95) for _ in range(4)] for _ in range(10)]) >= 30
+
+
+def test_a_fit_that_was_killed_as_it_wrote_a_checkpoint(tmp_path):
+    jobs = [fit(tmp_path / "whole")]
+    cases = [("half", ".ckpt", 1), ("half", "last.ckpt", 2), ("rename", ".ckpt", 3)]
+    for number, case in enumerate(cases):
+        folder = tmp_path / f"cut_{number}"
+        jobs += [fit(folder, sabotage=case), fit(folder, goes_on=True)]
+    assert run_jobs(tmp_path, jobs) == [0, *[KILLED, 0] * len(cases)], said(tmp_path)
+    for number in range(len(cases)):
+        assert_same_fit(tmp_path / f"cut_{number}", tmp_path / "whole")
+
+
+def test_a_benchmark_that_was_killed_ends_as_if_it_never_was(tmp_path):
+    cuts = [tmp_path / f"cut_{number}" for number in range(3)]
+    jobs = [
+        benchmark(tmp_path / "whole"),
+        # Within one run and then within another; as the second finished run was to be noted; and before anything was.
+        benchmark(cuts[0], share=0.55),
+        benchmark(cuts[0], goes_on=True, share=0.3),
+        benchmark(cuts[0], goes_on=True),
+        benchmark(cuts[1], sabotage=("rename", "results.json", 2)),
+        benchmark(cuts[1], goes_on=True),
+        benchmark(cuts[2], sabotage=("half", "last.ckpt", 2)),
+        benchmark(cuts[2], goes_on=True),
+    ]
+    codes = run_jobs(tmp_path, jobs)
+    assert [code for code in codes if code != KILLED] == [0] * 4, said(tmp_path)
+    assert codes.count(KILLED) == 4
+    for folder in cuts:
+        assert numbers(folder) == numbers(tmp_path / "whole")
+        assert not list(folder.rglob("*.tmp"))
+        assert not list(folder.rglob("*.ckpt"))
+
+
+def command(folder, *words):
+    return ["benchmark", *STREAM, "--output_dir", str(folder), *words]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(command(folder, "--methods", "average", "--seeds", "0")) == 0
+    return folder
+
+
+def test_what_is_finished_is_not_run_again(finished, tmp_path):
+    before = json.loads((finished / "results.json").read_text())
+    assert main(command(finished, "--methods", "average,rebasin", "--seeds", "0", "--resume")) == 0
+    after = json.loads((finished / "results.json").read_text())
+    assert after["methods"]["average"] == before["methods"]["average"]
+    assert after["methods"]["rebasin"]["accuracy_matrix"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--methods", "average", "--seeds", "0"], "holds results already; .* --resume to go on"),
+        (["--methods", "average", "--seeds", "0", "--resume", "--overwrite"], "choose one"),
+        (["--methods", "finetune", "--seeds", "0", "--resume"], "holds average with seed 0, which"),
+        (["--methods", "average", "--seeds", "1", "--resume"], "holds average with seed 0, which"),
+        (
+            ["--methods", "average", "--seeds", "0", "--resume", "--merge.alpha", "0.25"],
+            "holds a benchmark with merge.alpha=0.5, not 0.25; go on with what it was begun with",
+        ),
+    ],
+)
+def test_what_does_not_go_on(finished, words, says, capsys):
+    before = (finished / "results.json").read_bytes()
+    assert main(command(finished, *words)) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(says, error), error
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_a_run_of_another_configuration_does_not_go_on(tmp_path, capsys):
+    folder = tmp_path / "cut"
+    words = ["--methods", "average", "--seeds", "0"]
+    (job,) = [{"words": command(folder, *words), "sabotage": ("rename", "last.ckpt", 2)}]
+    assert run_jobs(tmp_path, [job]) == [KILLED]
+    (place,) = folder.rglob("last.ckpt")
+    held = place.read_bytes()
+    assert main(command(folder, *words, "--resume", "--model.optimizer.lr", "0.5")) == 2
+    assert "seed_0 holds a run with model.optimizer.init_args.lr=" in capsys.readouterr().err
+    assert place.read_bytes() == held
+    place.write_bytes(held[:1000])
+    assert main(command(folder, *words, "--resume")) == 1
+    assert "last.ckpt is no file of tensors" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_begins_anew_leaves_no_checkpoint_of_before(tmp_path):
+    stale = tmp_path / "average" / "seed_0" / "checkpoints" / "last.ckpt"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"")
+    assert main(command(tmp_path, "--methods", "average", "--seeds", "0")) == 0
+    assert not stale.exists()
+    assert not Path(tmp_path, "average", "seed_0", "checkpoints").exists()
