@@ -6,9 +6,9 @@ of each benchmark beside it. Methods that were run apart are joined by a plus. R
     python benchmarks/continual_table.py \
         rotated_mnist+rotated_mnist_no_merge+rotated_mnist_baselines+rotated_mnist_mc_sgd+rotated_mnist_rebasin_il \
         rotated_mnist_fresh+rotated_mnist_fresh_average+rotated_mnist_fresh_no_merge \
-        rotated_mnist_online+rotated_mnist_online_average+rotated_mnist_online_mc_sgd+rotated_mnist_online_no_merge \
-        permuted_mnist_online+permuted_mnist_online_average+permuted_mnist_online_mc_sgd+permuted_mnist_online_no_merge \
-        split_cifar100_online+split_cifar100_online_average split_mnist+split_mnist_no_merge
+        rotated_mnist_online+rotated_mnist_online_average+rotated_mnist_online_mc_sgd+rotated_mnist_online_no_merge+rotated_mnist_online_baselines \
+        permuted_mnist_online+permuted_mnist_online_average+permuted_mnist_online_mc_sgd+permuted_mnist_online_no_merge+permuted_mnist_online_baselines \
+        split_cifar100_online+split_cifar100_online_average+split_cifar100_online_no_merge split_mnist+split_mnist_no_merge
 """
 
 import argparse
