@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lit_rebasin.callbacks.report import log_merge, log_settings
+from lit_rebasin.callbacks.report import log_merge, log_refusal, log_settings
 from lit_rebasin.callbacks.settings import MergeSettings, Method
 from lit_rebasin.callbacks.start import Start
 from lit_rebasin.callbacks.step_loss import StepLoss, draw_batches
@@ -56,6 +56,8 @@ class RebasinMerge(TaskMerger, Callback):
         combine: ``"average"`` takes the point of the path at alpha. ``"regmean"`` takes :func:`~lit_rebasin.merging.regmean`: every layer is
             fitted to both networks on the inputs of each, those of the previous one as they were at the merges that made it. For this it reads
             as many batches as the layers have need of, at most a pass over the training data.
+        margin: A merge whose loss on its batches is greater than both the previous and the trained model's by more than this, in units of the
+            loss, or NaN, or that runs out of memory, is undone: the model is what it was before it, with a warning, and ``history`` says why.
         seed: Seed of everything drawn in a merge; the random states of Python, NumPy, torch and of the loaders are not touched.
 
     Raises:
@@ -79,10 +81,11 @@ class RebasinMerge(TaskMerger, Callback):
         examples: Literal["training", "kept"] = "training",
         start: Start = "previous",
         combine: Literal["average", "regmean"] = "average",
+        margin: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start, combine)
+            MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start, combine, margin)
         )
         if examples not in ("training", "kept"):
             raise ValueError(f"examples must be 'training' or 'kept', got {examples!r}.")
@@ -184,6 +187,8 @@ class RebasinMerge(TaskMerger, Callback):
         self._pending = False
         if outcome is not None:
             log_merge(trainer, outcome, self.history)
+        elif self.history and "refused" in self.history[-1] and self.history[-1]["task"] == self.n_tasks - 1:
+            log_refusal(trainer, self.history[-1])
 
     def _draw(self, trainer: "pl.Trainer") -> Generator[Any, None, None]:
         if self.examples == "training":

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from lit_rebasin.callbacks.log_figure import log_figure
@@ -51,6 +51,21 @@ def log_merge(trainer: "pl.Trainer", outcome: MergeOutcome, history: Sequence[Ma
             logger.log_metrics(losses, step=step)
     _draw_merge(trainer.loggers, outcome, history)
     for logger in trainer.loggers:
+        logger.save()
+
+
+def log_refusal(trainer: "pl.Trainer", entry: Mapping[str, Any]) -> None:
+    """Log that a merge was undone, at the step of its task; TensorBoard shows why, too.
+
+    Args:
+        trainer: Whose loggers.
+        entry: Of the history of `RebasinMerge`.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics({"merge/refused": 1.0}, step=entry["task"])
+        if isinstance(logger, TensorBoardLogger):
+            text = f"{entry['refused']}; the {entry['kept']} model is kept"
+            logger.experiment.add_text("merge/refused_because", text, entry["task"])
         logger.save()
 
 

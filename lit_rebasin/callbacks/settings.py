@@ -48,6 +48,7 @@ class MergeSettings:
     seed: int = 0
     start: Start = "previous"
     combine: str = "average"
+    margin: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, int | float):
@@ -77,6 +78,8 @@ class MergeSettings:
                 f"An option of method {self.method!r} has a value that it cannot take: {error}."
             ) from error
         check_count("batches", self.batches)
+        if not isinstance(self.margin, int | float) or not self.margin >= 0:
+            raise ValueError(f"margin must be a number of at least 0, got {self.margin!r}.")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
 

@@ -1,7 +1,7 @@
 """The network of the tasks so far, and how the next one is merged into it; knows no Trainer."""
 
 from collections.abc import Callable, Mapping
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.callbacks.correction import correct
-from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, measure
+from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, first_batches, measure
 from lit_rebasin.callbacks.merge import MergeOutcome, merge_task
+from lit_rebasin.callbacks.refusal import Refusal, check_loss, reason_of
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.callbacks.start import begin, check_resettable
 from lit_rebasin.callbacks.step_features import check_readable
@@ -22,7 +23,7 @@ from lit_rebasin.merging import NoFiniteLossError, has_batch_norm
 from lit_rebasin.merging.path import weights_of, write_weights
 from lit_rebasin.symmetry import PermutationSpec, join
 
-Broadcast = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Broadcast = Callable[[Any], Any]
 
 
 class TaskMerger:
@@ -132,13 +133,15 @@ class TaskMerger:
                 f'{type(self).__name__}(method="identity") merges without aligning.'
             )
 
-    def _finish_task(self, step: StepLoss, draw: Draw, broadcast: Broadcast = dict) -> MergeOutcome | None:
+    def _finish_task(
+        self, step: StepLoss, draw: Draw, broadcast: Broadcast = lambda found: found
+    ) -> MergeOutcome | None:
         """Merge what was trained into the previous network, in place, and remember the result.
 
         Args:
             step: The training step of the trained network.
             draw: Begins a pass over the training batches that the merge may use.
-            broadcast: Returns the weights of the first process, in all of them.
+            broadcast: Returns what the first process has, in all of them.
 
         Returns:
             How the merge came about; ``None`` after the first task, and where it is refused.
@@ -157,17 +160,12 @@ class TaskMerger:
                 f"Training left NaN or infinity in {broken!r}, and there is no previous model to go back to."
             )
         if broken:
-            self._refuse(module, f"training left NaN or infinity in {broken!r}")
+            write_weights(module, self.previous or {})
+            self._refuse(Refusal(f"training left NaN or infinity in {broken!r}", "previous"))
         elif self.previous is None:
             self._measure_first(step, draw, trained)
         else:
-            try:
-                outcome = self._merge(step, draw, broadcast, task, trained, self.previous)
-            except NoFiniteLossError as error:
-                self._refuse(module, str(error).rstrip("."))
-            except BaseException:
-                write_weights(module, trained)
-                raise
+            outcome = self._merge_or_undo(step, draw, broadcast, trained)
         self._traced = False
         self.n_tasks = task + 1
         self._remember(module)
@@ -181,23 +179,51 @@ class TaskMerger:
                 return name
         return None
 
-    def _refuse(self, module: nn.Module, reason: str) -> None:
-        """Go back to the previous model, and say so."""
-        write_weights(module, self.previous or {})
-        rank_zero_warn(f"The merge after task {self.n_tasks} is refused: {reason}. The previous model is kept.")
-        self.history.append({"task": self.n_tasks, "refused": reason})
+    def _refuse(self, refusal: Refusal) -> None:
+        """Say that there was no merge."""
+        task = self.n_tasks
+        rank_zero_warn(f"The merge after task {task} is refused: {refusal.reason}. The {refusal.kept} model is kept.")
+        self.history.append({"task": task, "refused": refusal.reason, "kept": refusal.kept})
 
-    def _merge(
-        self,
-        step: StepLoss,
-        draw: Draw,
-        broadcast: Broadcast,
-        task: int,
-        trained: Mapping[str, Tensor],
-        previous: Mapping[str, Tensor],
-    ) -> MergeOutcome:
-        module = step.module
-        previous = {name: tensor.to(trained[name].device) for name, tensor in previous.items()}
+    def _merge_or_undo(
+        self, step: StepLoss, draw: Draw, broadcast: Broadcast, trained: Mapping[str, Tensor]
+    ) -> MergeOutcome | None:
+        """Merge; or leave the network as it was, if that fails. Of several processes the first decides for all."""
+        module, outcome, refusal = step.module, None, None
+        try:
+            outcome = self._merge(step, draw, trained)
+        except Exception as error:
+            write_weights(module, trained)
+            reason = reason_of(error)
+            if reason is None:
+                raise
+            sound = not isinstance(error, NoFiniteLossError) or self._has_loss(step, draw, trained)
+            refusal = Refusal(reason, "trained" if sound else "previous")
+            if not sound:
+                write_weights(module, self.previous or {})
+        except BaseException:
+            write_weights(module, trained)
+            raise
+        entry = None if outcome is None else {**outcome.numbers, "displacement": outcome.alignment.displacement}
+        weights, refusal, entry = broadcast((weights_of(module), refusal, entry))
+        write_weights(module, weights)
+        if refusal is not None:
+            self._refuse(refusal)
+            return None
+        self.history.append({"task": self.n_tasks, **entry})
+        if outcome is not None:
+            self._known.add(outcome.measured, self._share_of_new)
+        return outcome
+
+    def _has_loss(self, step: StepLoss, draw: Draw, weights: Mapping[str, Tensor]) -> bool:
+        """Return whether the loss of a network on the batches of a merge is a number."""
+        with step.quiet():
+            return isfinite(step.mean(weights, first_batches(step, draw, self.settings.batches))[0])
+
+    def _merge(self, step: StepLoss, draw: Draw, trained: Mapping[str, Tensor]) -> MergeOutcome:
+        """Write the merge into the network, if it is none that is to be undone."""
+        module, task = step.module, self.n_tasks
+        previous = {name: tensor.to(trained[name].device) for name, tensor in (self.previous or {}).items()}
         spec = self.spec if self.spec is not None else PermutationSpec()  # plain averaging needs none
         with step.quiet():
             torch.manual_seed(self.settings.seed + task)
@@ -205,14 +231,12 @@ class TaskMerger:
             shared = self._shared(module, trained, previous) - held
             known = self._known.means
             outcome = merge_task(step, draw, trained, previous, spec, shared, self.settings, task, known, held)
-            _check_finite(outcome.numbers["loss_after"])
+            numbers = outcome.numbers
+            ends = numbers["loss_previous"], numbers["loss_before"]
+            check_loss(numbers["loss_after"], *ends, inf)  # what is NaN has no statistics to correct
             write_weights(module, outcome.weights)
             correct(module, step, outcome, self.settings.statistics)
-            _check_finite(outcome.numbers["loss_after"])
-            write_weights(module, broadcast(weights_of(module)))
-        self._known.add(outcome.measured, self._share_of_new)
-        self.history.append({"task": task, **outcome.numbers, "displacement": outcome.alignment.displacement})
-        numbers = outcome.numbers
+            check_loss(numbers["loss_after"], *ends, self.settings.margin)
         rank_zero_info(
             f"Task {task}: merged with alpha {numbers['alpha']:.2f}, {numbers['moved']} neurons moved, "
             f"loss on training batches {numbers['loss_before']:.4f} -> {numbers['loss_after']:.4f}."
@@ -260,8 +284,3 @@ class TaskMerger:
 
 def _name(module: nn.Module) -> str:
     return type(module).__name__
-
-
-def _check_finite(loss: float) -> None:
-    if not isfinite(loss):
-        raise NoFiniteLossError("the loss of the merged model on training batches is NaN or infinite")

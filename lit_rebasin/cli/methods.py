@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Literal
 
 from lit_rebasin.cli.errors import UsageError
@@ -73,7 +74,8 @@ METHODS = {
         merge={**_IDENTITY, "alpha": 0.0, "combine": "average", "statistics": "none"},
         unheeded=(*_ALIGNMENT, "merge.alpha", "merge.combine", "merge.statistics"),
     ),
-    "average": Method(replay=True, merge=_IDENTITY, unheeded=_ALIGNMENT),
+    # The ablation shows what averaging does, however bad that is.
+    "average": Method(replay=True, merge={**_IDENTITY, "margin": inf}, unheeded=(*_ALIGNMENT, "merge.margin")),
     "rebasin": Method(replay=True, merge={}),
     "cumulative": _avalanche(replay=False, fits=False),
     "joint": _avalanche(replay=False, fits=False),
@@ -89,7 +91,7 @@ def merge_of(name: str, configured: Mapping[str, Any]) -> Mapping[str, Any]:
     options = options or {}
     trains_residual = cost in (None, "incremental") and options.get("residual_learning_rate", 1.0) > 0
     if name == "average" and method == "sinkhorn" and trains_residual:
-        return {"init": "identity", "options": {**options, "learning_rate": 0.0}}
+        return {"init": "identity", "options": {**options, "learning_rate": 0.0}, "margin": inf}
     return METHODS[name].merge or {}
 
 

@@ -40,6 +40,7 @@ class RebasinPlugin(TaskMerger, SupervisedPlugin):
         statistics: What the merged weights are given.
         batches: Training batches that each merge uses.
         start: Where each experience but the first begins.
+        margin: How much worse than both networks a merge may be.
         seed: Seed of everything drawn in a merge; the global random states are not touched.
 
     Attributes:
@@ -64,10 +65,11 @@ class RebasinPlugin(TaskMerger, SupervisedPlugin):
         batches: int = 10,
         start: Start = "previous",
         combine: Literal["average", "regmean"] = "average",
+        margin: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start, combine)
+            MergeSettings(alpha, method, cost, init, options or {}, statistics, batches, seed, start, combine, margin)
         )
 
     def before_training_exp(self, strategy: SupervisedTemplate, *args: Any, **kwargs: Any) -> None:

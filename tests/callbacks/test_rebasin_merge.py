@@ -241,7 +241,8 @@ def test_nan_refuses_the_merge_and_keeps_the_previous_model(tmp_path):
     previous = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.warns(UserWarning, match=r"merge after task 1 is refused: .* 'net.1.bias'.*previous model is kept"):
         make_trainer(tmp_path, Poison(), merge, max_epochs=1).fit(module, loader(shift=1))
-    assert merge.history == [{"task": 1, "refused": "training left NaN or infinity in 'net.1.bias'"}]
+    reason = "training left NaN or infinity in 'net.1.bias'"
+    assert merge.history == [{"task": 1, "refused": reason, "kept": "previous"}]
     assert all(
         torch.equal(previous[name], tensor) for name, tensor in module.state_dict().items() if "train_acc" not in name
     )

@@ -74,20 +74,6 @@ def test_batch_norm_that_is_held_keeps_its_statistics(tmp_path):
             assert module.net[1].running_mean.abs().max() == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*is refused:UserWarning")
-def test_a_merge_that_its_correction_breaks_is_refused(tmp_path, monkeypatch):
-    def broken(merged, *args, **kwargs):
-        with torch.no_grad():
-            merged.net[0].weight.fill_(float("nan"))
-        return []
-
-    monkeypatch.setattr("lit_rebasin.callbacks.correction.repair", broken)
-    module, held = merged(tmp_path, merge := RebasinMerge(0.5, statistics="repair"))
-    assert "refused" in merge.history[0]
-    for name, tensor in tensors(held.previous).items():
-        assert torch.equal(tensors(module.net)[name], tensor)
-
-
 def test_data_free_statistics_need_a_batch_norm(tmp_path):
     with pytest.raises(MisconfigurationException, match="is for BatchNorm, of which Plain has none"):
         make_trainer(tmp_path, RebasinMerge(statistics="data-free")).fit(Plain(), batches(0))

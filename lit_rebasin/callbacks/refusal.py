@@ -1,0 +1,46 @@
+"""Why a merge is undone."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+import torch
+
+from lit_rebasin.merging import NoFiniteLossError
+
+# What torch says where an allocation fails outside of CUDA, in a RuntimeError of no class of its own.
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+class WorseMergeError(ValueError):
+    """A merge with a far greater loss than both networks that it is made of."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a merge was undone, and which network is there in its place."""
+
+    reason: str
+    kept: Literal["trained", "previous"]
+
+
+def reason_of(error: Exception) -> str | None:
+    """Return in words why a merge that ended with an error is to be undone; ``None`` for an error that is none of the merge's."""
+    if isinstance(error, (NoFiniteLossError, WorseMergeError)):
+        return str(error).rstrip(".")
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if memory or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)):
+        return f"out of memory: {next(iter(str(error).splitlines()), '') or type(error).__name__}".rstrip(".")
+    return None
+
+
+def check_loss(loss: float, previous: float, trained: float, margin: float) -> None:
+    """Raise an error if the loss of a merge is not finite, or greater than both networks' by more than the margin."""
+    if not isfinite(loss):
+        raise NoFiniteLossError("the loss of the merged model on training batches is NaN or infinite")
+    worse = max(previous, trained)
+    if loss > worse + margin:
+        raise WorseMergeError(
+            f"its loss on training batches is {loss:.4g}, more than margin={margin:g} above that of the previous model, {previous:.4g}, and of "
+            f"the trained one, {trained:.4g}"
+        )

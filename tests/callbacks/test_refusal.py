@@ -1,0 +1,106 @@
+"""Merges that are undone."""
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_rebasin import RebasinMerge
+
+from .plain import Held, Plain, batches, tensors
+from .user_code import make_trainer
+
+METHOD = "lit_rebasin.callbacks.merge.find"
+
+
+def two_tasks(tmp_path, merge, epochs=2, second=1, **options):
+    """Train two tasks; return the module, and the networks that the second merge was of."""
+    torch.manual_seed(0)
+    module, held = Plain(), Held()
+    for task in (0, second):
+        make_trainer(tmp_path, held, merge, max_epochs=epochs, **options).fit(module, batches(task))
+    return module, held
+
+
+def run_out(error):
+    def find(*args, **kwargs):
+        raise error
+
+    return find
+
+
+def same(first, second):
+    first, second = tensors(first), tensors(second)
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_a_merge_that_is_far_worse_than_both_networks_is_undone(tmp_path):
+    """Two networks for one task that are averaged as they are: how much worse that is, and a margin around it."""
+    free = RebasinMerge(0.5, "identity", margin=float("inf"))
+    two_tasks(tmp_path, free, epochs=30, second=0)
+    (entry,) = free.history
+    excess = entry["loss_after"] - max(entry["loss_before"], entry["loss_previous"])
+    assert excess > 0.05
+    for margin, undone in ((0.99 * excess, True), (1.01 * excess, False)):
+        merge = RebasinMerge(0.5, "identity", margin=margin)
+        module, held = two_tasks(tmp_path, merge, epochs=30, second=0)
+        assert ("refused" in merge.history[0]) == undone
+        assert same(module.net, held.trained) == undone
+        if undone:
+            assert f"more than margin={margin:g} above" in merge.history[0]["refused"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_a_merge_that_runs_out_of_memory_is_undone(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(METHOD, run_out(error))
+    merge = RebasinMerge(0.5)
+    logger, table = TensorBoardLogger(tmp_path), CSVLogger(tmp_path)
+    with pytest.warns(UserWarning, match=r"merge after task 1 is refused: out of memory.*The trained model is kept"):
+        module, held = two_tasks(tmp_path, merge, logger=[logger, table])
+    assert same(module.net, held.trained)
+    assert not same(module.net, held.previous)
+    assert merge.history[0]["kept"] == "trained"
+    assert merge.n_tasks == 2
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert [event.step for event in events.Scalars("merge/refused")] == [1]
+    assert "merge/refused_because/text_summary" in events.Tags()["tensors"]
+    monkeypatch.undo()
+    make_trainer(tmp_path, merge, max_epochs=1).fit(module, batches(2))
+    assert "alpha" in merge.history[-1]  # with what was kept
+
+
+def test_other_errors_leave_the_trained_network_and_are_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(METHOD, run_out(RuntimeError("a fault of the method")))
+    merge, module, held = RebasinMerge(0.5), Plain(), Held()
+    make_trainer(tmp_path, held, merge).fit(module, batches(0))
+    with pytest.raises(RuntimeError, match="a fault of the method"):
+        make_trainer(tmp_path, held, merge).fit(module, batches(1))
+    assert same(module.net, held.trained)
+    assert merge.history == []
+
+
+def test_a_merge_that_its_correction_breaks_is_undone(tmp_path, monkeypatch):
+    def broken(merged, *args, **kwargs):
+        with torch.no_grad():
+            merged.net[0].weight.fill_(float("nan"))
+        return []
+
+    monkeypatch.setattr("lit_rebasin.callbacks.correction.repair", broken)
+    merge = RebasinMerge(0.5, statistics="repair")
+    with pytest.warns(UserWarning, match=r"is refused: the loss of the merged model .* NaN.*The trained model is kept"):
+        module, held = two_tasks(tmp_path, merge)
+    assert same(module.net, held.trained)
+
+
+@pytest.mark.parametrize("margin", [-0.1, float("nan"), "1"])
+def test_a_margin_that_is_none(margin):
+    with pytest.raises(ValueError, match="margin must be a number of at least 0"):
+        RebasinMerge(margin=margin)
