@@ -181,7 +181,9 @@ class RebasinMerge(TaskMerger, Callback):
     def _merge_in(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Merge the task that was just trained."""
         step = StepLoss(pl_module, trainer.precision_plugin)
-        outcome = self._finish_task(step, lambda: self._draw(trainer), trainer.strategy.broadcast)
+        outcome = self._finish_task(
+            step, lambda: self._draw(trainer), trainer.strategy.broadcast, trainer.is_global_zero
+        )
         # The loop counts this batch only later, but the checkpoint of this task is written in between.
         self._steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         self._pending = False

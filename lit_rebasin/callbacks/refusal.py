@@ -24,7 +24,7 @@ class Refusal:
     kept: Literal["trained", "previous"]
 
 
-def reason_of(error: Exception) -> str | None:
+def reason_of(error: BaseException) -> str | None:
     """Return in words why a merge that ended with an error is to be undone; ``None`` for an error that is none of the merge's."""
     if isinstance(error, (NoFiniteLossError, WorseMergeError)):
         return str(error).rstrip(".")

@@ -125,7 +125,7 @@ class StepLoss(nn.Module):
     def quiet(self) -> Iterator[None]:
         """Set logging, metrics, training modes, the module's own notes and the global random state aside, and put them back."""
         modes = {module: module.training for module in self.module.modules()}
-        with self._attributes_kept(), self._replaced(_copied), _random_state_kept():
+        with self._attributes_kept(), self._replaced(_copied), _random_state_kept(), _alone(self.module):
             object.__setattr__(self.module, "log", self._keep)  # log_dict calls it, too
             self.module.eval()
             for module, training in modes.items():
@@ -164,6 +164,26 @@ class StepLoss(nn.Module):
 
     def _keep(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged |= {name: value} if isinstance(value, Metric) else _number(name, value)
+
+
+class _LocalBatchNorm(_BatchNorm):
+    """A SyncBatchNorm that does not wait for other processes."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take what SyncBatchNorm takes."""
+
+
+@contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """Let SyncBatchNorm look at the batch of this process alone, for the others may not be at this place."""
+    synced = [part for part in module.modules() if type(part) is nn.SyncBatchNorm]
+    for part in synced:
+        part.__class__ = _LocalBatchNorm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in synced:
+            part.__class__ = nn.SyncBatchNorm
 
 
 def _number(name: str, value: Any) -> dict[str, float]:

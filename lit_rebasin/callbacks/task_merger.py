@@ -134,42 +134,69 @@ class TaskMerger:
             )
 
     def _finish_task(
-        self, step: StepLoss, draw: Draw, broadcast: Broadcast = lambda found: found
+        self, step: StepLoss, draw: Draw, broadcast: Broadcast = lambda found: found, decides: bool = True
     ) -> MergeOutcome | None:
         """Merge what was trained into the previous network, in place, and remember the result.
 
         Args:
             step: The training step of the trained network.
             draw: Begins a pass over the training batches that the merge may use.
-            broadcast: Returns what the first process has, in all of them.
+            broadcast: Returns what the process that decides has, in all of them.
+            decides: Whether this process merges; the others wait for what it comes to.
 
         Returns:
-            How the merge came about; ``None`` after the first task, and where it is refused.
+            How the merge came about; ``None`` after the first task, where it is refused, and where another process has decided.
         """
         module, task = step.module, self.n_tasks
-        outcome = None
         trained = {name: tensor.clone() for name, tensor in weights_of(module).items()}
         if not self._traced and self.settings.method != "identity":
             raise ValueError(
                 f"{_name(module)}.training_step returned None on every batch of task {task}, but the merge needs its loss: "
                 "return a tensor, or a dict with the key 'loss'."
             )
-        broken = self._not_finite(module)
-        if broken and self.previous is None:
-            raise ValueError(
-                f"Training left NaN or infinity in {broken!r}, and there is no previous model to go back to."
-            )
-        if broken:
-            write_weights(module, self.previous or {})
-            self._refuse(Refusal(f"training left NaN or infinity in {broken!r}", "previous"))
-        elif self.previous is None:
-            self._measure_first(step, draw, trained)
-        else:
-            outcome = self._merge_or_undo(step, draw, broadcast, trained)
+        outcome, refusal = self._decide(step, draw, trained) if decides else (None, None)
+        entry = None if outcome is None else {**outcome.numbers, "displacement": outcome.alignment.displacement}
+        weights, refusal, entry, known = broadcast((weights_of(module), refusal, entry, self._known.tasks))
+        write_weights(module, weights)
+        if refusal is not None:
+            self._refuse(refusal)
+        elif entry is not None:
+            self.history.append({"task": task, **entry})
+        self._known.tasks = known  # what is known itself is with the process that decides
         self._traced = False
         self.n_tasks = task + 1
         self._remember(module)
         return outcome
+
+    def _decide(
+        self, step: StepLoss, draw: Draw, trained: Mapping[str, Tensor]
+    ) -> tuple[MergeOutcome | None, Refusal | None]:
+        """Write the merge into the network; or leave it as it was, if that fails, and say why."""
+        module = step.module
+        broken = self._not_finite(module)
+        if self.previous is None:
+            if broken:
+                raise ValueError(
+                    f"Training left NaN or infinity in {broken!r}, and there is no previous model to go back to."
+                )
+            self._measure_first(step, draw, trained)
+            return None, None
+        if broken:
+            write_weights(module, self.previous)
+            return None, Refusal(f"training left NaN or infinity in {broken!r}", "previous")
+        try:
+            outcome = self._merge(step, draw, trained)
+        except BaseException as error:
+            write_weights(module, trained)
+            reason = reason_of(error)
+            if reason is None:
+                raise
+            if not isinstance(error, NoFiniteLossError) or self._has_loss(step, draw, trained):
+                return None, Refusal(reason, "trained")
+            write_weights(module, self.previous)
+            return None, Refusal(reason, "previous")
+        self._known.add(outcome.measured, self._share_of_new)
+        return outcome, None
 
     def _not_finite(self, module: nn.Module) -> str | None:
         """Return a tensor that training has broken; one that was not finite before, such as a mask, is none."""
@@ -184,36 +211,6 @@ class TaskMerger:
         task = self.n_tasks
         rank_zero_warn(f"The merge after task {task} is refused: {refusal.reason}. The {refusal.kept} model is kept.")
         self.history.append({"task": task, "refused": refusal.reason, "kept": refusal.kept})
-
-    def _merge_or_undo(
-        self, step: StepLoss, draw: Draw, broadcast: Broadcast, trained: Mapping[str, Tensor]
-    ) -> MergeOutcome | None:
-        """Merge; or leave the network as it was, if that fails. Of several processes the first decides for all."""
-        module, outcome, refusal = step.module, None, None
-        try:
-            outcome = self._merge(step, draw, trained)
-        except Exception as error:
-            write_weights(module, trained)
-            reason = reason_of(error)
-            if reason is None:
-                raise
-            sound = not isinstance(error, NoFiniteLossError) or self._has_loss(step, draw, trained)
-            refusal = Refusal(reason, "trained" if sound else "previous")
-            if not sound:
-                write_weights(module, self.previous or {})
-        except BaseException:
-            write_weights(module, trained)
-            raise
-        entry = None if outcome is None else {**outcome.numbers, "displacement": outcome.alignment.displacement}
-        weights, refusal, entry = broadcast((weights_of(module), refusal, entry))
-        write_weights(module, weights)
-        if refusal is not None:
-            self._refuse(refusal)
-            return None
-        self.history.append({"task": self.n_tasks, **entry})
-        if outcome is not None:
-            self._known.add(outcome.measured, self._share_of_new)
-        return outcome
 
     def _has_loss(self, step: StepLoss, draw: Draw, weights: Mapping[str, Tensor]) -> bool:
         """Return whether the loss of a network on the batches of a merge is a number."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 Examples = tuple[Tensor, Tensor, Tensor]  # images, labels, task indices
 Index = tuple[Tensor, Tensor | None, int]  # of new and of replayed examples, and the seed of what is random about them
@@ -70,3 +70,32 @@ class MixedBatches(Sampler):
         for batch, chosen in enumerate(order.split(self.batch_size)):
             start = batch * self.batch_size
             yield chosen, None if replay is None else replay[start : start + len(chosen)], seeds[batch]
+
+
+class EvaluationBatches(Sampler):
+    """Indices of all examples in their order, in batches of nearly one size whose number is a multiple of the processes'."""
+
+    def __init__(self, n: int, batch_size: int, processes: int) -> None:
+        rounds = max(1, -(-n // (batch_size * processes)))
+        self.parts = [part for part in torch.arange(n).tensor_split(rounds * processes) if len(part)]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Index]:
+        return ((part, None, 0) for part in self.parts)
+
+
+class RankBatches(DistributedSampler):
+    """What one of several processes has of some batches: every n-th, in their order, so that a step of all sees batches that follow each other.
+
+    Where their number is no multiple of the processes', the first come once more at the end. Lightning's own sampler would shuffle them.
+    """
+
+    def __init__(self, batches: MixedBatches | EvaluationBatches, processes: int, rank: int) -> None:
+        super().__init__(range(len(batches)), processes, rank, shuffle=False)  # type: ignore[arg-type]
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Index]:
+        every = list(self.batches)
+        return iter([every[index] for index in super().__iter__()])

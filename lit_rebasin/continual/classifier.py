@@ -159,8 +159,8 @@ class ContinualClassifier(LightningModule):
         """Log loss and accuracy on one task of the stream."""
         x, y, task = batch
         logits = self(x, task)
-        self.log("val_loss", cross_entropy(logits, y), batch_size=len(y))
-        self.log("val_acc", self.accuracy(logits, y), batch_size=len(y))
+        self.log("val_loss", cross_entropy(logits, y), batch_size=len(y), sync_dist=True)
+        self.log("val_acc", self.accuracy(logits, y), batch_size=len(y), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Make a fresh optimizer and scheduler; called again whenever the stream moves to its next task."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lit_rebasin.continual.batches import Examples, MixedBatches, MixedExamples
+from lit_rebasin.continual.batches import EvaluationBatches, Examples, MixedBatches, MixedExamples, RankBatches
 from lit_rebasin.continual.replay import choose_replay
 from lit_rebasin.continual.streams import Stream, make_stream
 
@@ -35,7 +35,7 @@ class ContinualDataModule(LightningDataModule):
             ``split-cifar10``, ``split-cifar100``, or ``arrays``: an ``.npz`` with ``x_train, y_train, x_test, y_test``.
         n_tasks: Number of tasks; the benchmark's own by default.
         epochs_per_task: Epochs spent on each task.
-        batch_size: New examples in a batch.
+        batch_size: New examples in a batch, of each process.
         replay_per_class: Examples that are kept of each class of each task; 0 for no replay.
         replay_transform: Makes other images of the replayed ones, whose shape it must keep, batch by batch, such as
             :class:`~lit_rebasin.RandomShift`. Images are normalised: 0 is the mean of the data.
@@ -99,7 +99,10 @@ class ContinualDataModule(LightningDataModule):
         self._trained_task: int | None = None  # the task of the last training loader
         self._current: tuple[int, Examples, Examples | None] | None = None
         self._replay: dict[int, Examples] = {}
-        self._evaluation: dict[bool, list[DataLoader]] = {}
+        self._evaluation: dict[tuple[bool, int, int], list[DataLoader]] = {}
+        if replay_per_class:
+            # Once a process group has begun, Avalanche refuses to be imported in any process but the first.
+            import avalanche.training.storage_policy  # noqa: F401
 
     @property
     def n_tasks(self) -> int:
@@ -167,8 +170,9 @@ class ContinualDataModule(LightningDataModule):
         """Return the loader of a task, replay mixed in, whose order is that of the epoch of the stream that is asked for at each pass."""
         new, replayed = self._training_data(task)
         n_replay = 0 if replayed is None else len(replayed[1])
-        sampler = MixedBatches(len(new[1]), n_replay, self.batch_size, self.seed, epoch)
-        return DataLoader(MixedExamples(new, replayed, self.replay_transform), sampler=sampler, batch_size=None)
+        batches = MixedBatches(len(new[1]), n_replay, self.batch_size, self.seed, epoch)
+        examples = MixedExamples(new, replayed, self.replay_transform)
+        return DataLoader(examples, sampler=self._of_rank(batches), batch_size=None)
 
     @override
     def val_dataloader(self) -> list[DataLoader]:
@@ -277,14 +281,25 @@ class ContinualDataModule(LightningDataModule):
         self._replay[task] = self._examples(task, self.stream.train(task, trained[kept]), "training")
 
     def _evaluation_loaders(self, *, held_back: bool) -> list[DataLoader]:
-        if held_back not in self._evaluation:
+        key = (held_back, *self._processes())
+        if key not in self._evaluation:
             loaders = []
             for task in range(self.n_tasks):
                 if held_back:
                     data = self._examples(task, self.stream.train(task, self._split(task)[1]), "held-back")
                 else:
                     data = self._examples(task, self.stream.test(task), "test")
-                batches = [(part, None, 0) for part in torch.arange(len(data[1])).split(EVALUATION_BATCH)]
-                loaders.append(DataLoader(MixedExamples(data, None), sampler=batches, batch_size=None))
-            self._evaluation[held_back] = loaders
-        return self._evaluation[held_back]
+                batches = EvaluationBatches(len(data[1]), EVALUATION_BATCH, self._processes()[0])
+                loaders.append(DataLoader(MixedExamples(data, None), sampler=self._of_rank(batches), batch_size=None))
+            self._evaluation[key] = loaders
+        return self._evaluation[key]
+
+    def _processes(self) -> tuple[int, int]:
+        """Return how many processes the Trainer has, and which of them this is."""
+        trainer: Any = self.trainer
+        return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+
+    def _of_rank(self, batches: MixedBatches | EvaluationBatches) -> MixedBatches | EvaluationBatches | RankBatches:
+        """Return what this process has of some batches."""
+        processes, rank = self._processes()
+        return batches if processes == 1 else RankBatches(batches, processes, rank)

@@ -133,8 +133,8 @@ class RebasinIL(LightningModule):
         """Log loss and accuracy on one task of the stream."""
         x, y, task = batch
         logits = self(x, task)
-        self.log("val_loss", cross_entropy(logits, y), batch_size=len(y))
-        self.log("val_acc", self.classifier.accuracy(logits, y), batch_size=len(y))
+        self.log("val_loss", cross_entropy(logits, y), batch_size=len(y), sync_dist=True)
+        self.log("val_acc", self.classifier.accuracy(logits, y), batch_size=len(y), sync_dist=True)
 
     def _run(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return self(batch[0], batch[2])
