@@ -13,10 +13,9 @@ from lit_rebasin import ContinualMonitor, RebasinMerge
 from lit_rebasin.cli import main
 
 from ..callbacks.user_code import UserModule, loader, make_trainer
+from .browser import CHROMIUM, seen_figures
 from .page import Page
 from .words import CONFIG, METHODS, ROOT, SMALL, STREAM
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def png(figure):
@@ -288,37 +287,9 @@ def test_help_names_the_command_and_is_light():
     assert shown.strip().endswith("False")
 
 
-CHECK = """<script>window.addEventListener("load", () => {
-  document.body.setAttribute("data-seen", JSON.stringify(
-    [...document.querySelectorAll("figure")].map(f => [f.id, f.querySelector("img").naturalWidth, f.offsetHeight])));
-});</script></body>"""
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize("night", [False, True])
 def test_a_browser_shows_every_figure(benchmarked, page, tmp_path, night):
-    """The copy that is opened may run a script, which the page itself forbids."""
-    source = (benchmarked / "report.html").read_text()
-    watched = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", source).replace("</body>", CHECK)
-    assert watched.count("<script>") == 1
-    (tmp_path / "page.html").write_text(watched)
-    words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    words += " --disable-component-update --disable-sync --virtual-time-budget=10000 --dump-dom"
-    more = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if night else []
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *words.split(),
-            *more,
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"file://{tmp_path / 'page.html'}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    (seen,) = re.findall(r'data-seen="(.*?)"', done.stdout)
-    shown = {name: (width, height) for name, width, height in json.loads(seen.replace("&quot;", '"'))}
+    shown = seen_figures(benchmarked / "report.html", tmp_path, night)
     assert set(shown) == set(page.figures)
     assert all(width > 300 and height > 100 for width, height in shown.values())

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -6,6 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_rebasin.cli import main
 
 from ..callbacks.user_code import UserModule, loader, make_trainer
+from .page import Page
 
 
 def change(folder, *keys, value):
@@ -63,7 +65,7 @@ def test_results_that_are_cut_off(copy, capsys, text):
         ([], "report needs the folder of a run"),
         (["nowhere"], "there is no folder nowhere; name the output folder of a benchmark or a fit"),
         (["empty"], "empty is no run: it has neither results.json nor TensorBoard event files"),
-        (["a.txt"], "there is no folder a.txt"),
+        (["a.txt"], "report takes a folder, and a.txt is a file"),
         (
             ["RUN", "--output", "nowhere/a.html"],
             "nowhere/a.html cannot be written; pass --output FILE.html in a folder",
@@ -93,21 +95,35 @@ def test_wrong_words_are_one_sentence(benchmarked, tmp_path, monkeypatch, capsys
     assert (tmp_path / "a.txt").read_text() == "mine"
 
 
-def test_a_damaged_event_file_is_named(copy, capsys):
+def test_a_damaged_event_file_is_named_and_the_rest_is_shown(copy):
     file = sorted((copy / "rebasin" / "seed_3").rglob("*tfevents*"))[0]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(content)
-    assert main(["report", str(copy)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"lit-rebasin: error: the event file {file} is damaged; remove it, or run this again"
+    named = re.escape(str(file.relative_to(copy)))
+    assert main(["report", str(copy)]) == 0
+    page = Page(copy / "report.html")
+    assert re.search(
+        rf"The event file {named} is damaged after \d+ of its records, and no more of it is read", page.text
+    )
+    assert "figure-paths-rebasin" in page.figures
     file.write_bytes(b"no events at all, but a letter")
-    assert main(["report", str(copy)]) == 2
-    assert not (copy / "report.html").exists()
+    assert main(["report", str(copy)]) == 0
+    assert "is damaged after 0 of its records" in Page(copy / "report.html").text
+
+
+@pytest.mark.parametrize("inner", ["results.json", "rebasin/seed_3/config.yaml"])
+def test_a_file_of_a_run_in_place_of_its_folder(copy, inner, capsys):
+    assert main(["report", str(copy / inner)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{inner} is a file: try report {copy}" in line
 
 
 def test_logs_of_others_are_no_run(tmp_path, capsys):
     trainer = make_trainer(tmp_path, logger=TensorBoardLogger(tmp_path))
     trainer.fit(UserModule(), loader(), loader())
     assert main(["report", str(tmp_path)]) == 2
-    assert "but nothing in them that RebasinMerge or ContinualMonitor has logged" in capsys.readouterr().err
+    assert (
+        "but nothing in them that RebasinMerge, ContinualMonitor or another monitor has logged"
+        in capsys.readouterr().err
+    )
