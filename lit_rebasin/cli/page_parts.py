@@ -56,10 +56,15 @@ def picture(name: str, figure: Figure, alt: str, caption: str) -> str:
     """Return a figure that holds its picture in itself, with ``figure-NAME`` as its id."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=_DPI)
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
     width, height = (round(size * _SCREEN_DPI) for size in figure.get_size_inches())
+    return png_picture(name, stream.getvalue(), (width, height), alt, caption)
+
+
+def png_picture(name: str, png: bytes, size: tuple[int, int], alt: str, caption: str) -> str:
+    """Return the same of a PNG file that there is already, ``size`` wide and high on the screen."""
+    data = base64.b64encode(png).decode("ascii")
     return (
-        f'<figure id="figure-{text(name)}"><img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
+        f'<figure id="figure-{text(name)}"><img src="data:image/png;base64,{data}" width="{size[0]}" height="{size[1]}" '
         f'alt="{text(alt)}"><figcaption>{text(caption)}</figcaption></figure>'
     )
 

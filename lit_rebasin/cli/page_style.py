@@ -19,6 +19,7 @@ main { max-width: 1120px; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; margin: 2.8rem 0 0.9rem; padding-bottom: 0.35rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1.08rem; margin: 2rem 0 0.6rem; overflow-wrap: anywhere; }
+h4 { font-size: 1rem; margin: 1.6rem 0 0.2rem; }
 p { margin: 0.5rem 0; max-width: 75ch; overflow-wrap: anywhere; }
 .about, figcaption, caption { color: var(--soft); }
 .about { margin-top: 0.4rem; }

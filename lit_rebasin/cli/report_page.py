@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_rebasin.cli.merge_sections import merge_section
+from lit_rebasin.cli.monitor_sections import monitor_sections
 from lit_rebasin.cli.page_parts import document, note, picture, slugs, table, text
 from lit_rebasin.cli.report import COLUMNS, row_cells
 from lit_rebasin.cli.run_folder import Learned, RunFolder
@@ -21,6 +22,7 @@ def report_page(run: RunFolder) -> str:
         _results(run.methods),
         _accuracies(run.methods),
         _merges(run.methods),
+        _monitors(run.methods),
         _provenance(run),
     ]
     return document(run.title, "\n".join(part for part in parts if part))
@@ -29,6 +31,7 @@ def report_page(run: RunFolder) -> str:
 def _missing(run: RunFolder) -> list[str]:
     """Say what the folder does not have."""
     sentences = [f"Not finished: {', '.join(run.missing)}."] if run.missing else []
+    sentences += run.damages
     unlogged = [name for learned in run.methods.values() for name in learned.unlogged]
     if not any(learned.logs for learned in run.methods.values()):
         sentences.append("No run has event files here, so nothing is known of the merges.")
@@ -108,6 +111,11 @@ def _merges(methods: Mapping[str, Learned]) -> str:
     if not sections:
         sections = ["<p>Nothing is logged of any merge.</p>"]
     return '<section id="merges"><h2>Merges</h2>\n{}</section>'.format("\n".join(sections))
+
+
+def _monitors(methods: Mapping[str, Learned]) -> str:
+    shown = monitor_sections({name: found.logs for name, found in methods.items()})
+    return f'<section id="monitors"><h2>Monitors</h2>\n{shown}</section>' if shown else ""
 
 
 def _provenance(run: RunFolder) -> str:

@@ -1,6 +1,7 @@
 """The folder of a benchmark, of a fit or of anybody's Trainer, read for its report."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
@@ -11,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.event_files import RunLog, event_folders, read_log
+from lit_rebasin.cli.event_files import PATTERN, RunLog, event_folders, read_log
 from lit_rebasin.cli.report import COLUMNS, as_matrices, stream_name
 from lit_rebasin.cli.results_file import read_results, seeds_of
 from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
@@ -46,6 +47,7 @@ class RunFolder:
         about: How often.
         methods: By name.
         missing: Runs that are not finished.
+        damages: What of the event files cannot be read, a sentence a file.
         commands: What made the runs, in the words of a shell.
         versions: Of the packages, by name.
         configurations: Files of settings by what they are of.
@@ -55,6 +57,7 @@ class RunFolder:
     about: str
     methods: dict[str, Learned] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    damages: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     configurations: dict[str, str] = field(default_factory=dict)
@@ -64,9 +67,11 @@ def read_folder(path: str) -> RunFolder:
     """Return what a folder holds.
 
     Raises:
-        UsageError: If it is no run, or a file in it is damaged.
+        UsageError: If it is no run, or its results are damaged.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise UsageError(f"report takes a folder, and {path} is a file{_hint(folder)}")
     if not folder.is_dir():
         raise UsageError(f"there is no folder {path}; name the output folder of a benchmark or a fit")
     if (folder / "results.json").is_file():
@@ -77,6 +82,26 @@ def read_folder(path: str) -> RunFolder:
             f"{path} is no run: it has neither results.json nor TensorBoard event files; name the output folder of a benchmark or a fit"
         )
     return _logged_runs(folder, places)
+
+
+def _hint(file: Path) -> str:
+    """Return which folder is meant, if a file is in one that a report can be made of."""
+    parents = list(file.resolve().parents)
+    benchmarks = [parent for parent in parents if (parent / "results.json").is_file()]
+    run = _run_of(parents[0])
+    places = (
+        PATTERN,
+        f"version_*/{PATTERN}",
+        f"tensorboard/version_*/{PATTERN}",
+        f"lightning_logs/version_*/{PATTERN}",
+    )
+    runs = [run] if any(True for place in places for _ in run.glob(place)) else []
+    folder = next(iter(benchmarks + runs), None)
+    if folder is None:
+        return ""
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    return f": try report {shlex.quote(_printable(str(shown)))}"
 
 
 def _benchmark(folder: Path, results: Mapping[str, Any]) -> RunFolder:
@@ -95,17 +120,22 @@ def _benchmark(folder: Path, results: Mapping[str, Any]) -> RunFolder:
     for name, numbers in results["methods"].items():
         learned = Learned({key: numbers[key] for key in COLUMNS}, as_matrices(numbers["accuracy_matrix"]))
         for seed in seeds_of(dict(results), name):
-            _add_log(learned, folder / name / f"seed_{seed}", f"{name} seed {seed}")
+            log = _read(folder, event_folders(folder / name / f"seed_{seed}"), f"seed {seed}", found)
+            if log.is_empty:
+                learned.unlogged.append(f"{name} seed {seed}")
+            else:
+                learned.logs.append(log)
         found.methods[name] = learned
     return found
 
 
-def _add_log(learned: Learned, place: Path, run: str) -> None:
-    log = read_log(event_folders(place)) if place.is_dir() else None
-    if log is None:
-        learned.unlogged.append(run)
-    else:
-        learned.logs.append(log)
+def _read(folder: Path, versions: Sequence[Path], name: str, found: RunFolder) -> RunLog:
+    """Return what a run has logged, and note in ``found`` which of its event files are damaged."""
+    log = read_log(versions)
+    log.name = name
+    for file, damage in log.damages.items():
+        found.damages.append(f"The event file {_printable(str(file.relative_to(folder)))} {damage}.")
+    return log
 
 
 def _logged_runs(folder: Path, places: Sequence[Path]) -> RunFolder:
@@ -115,15 +145,16 @@ def _logged_runs(folder: Path, places: Sequence[Path]) -> RunFolder:
         runs.setdefault(_run_of(place.resolve()), []).append(place)
     found = RunFolder(_title(folder.resolve()), "")
     for run, versions in runs.items():
-        log = read_log(versions)
-        if log is None:
-            continue
         method, seed = _named(run, folder.resolve())
+        log = _read(folder, versions, "" if seed is None else f"seed {seed}", found)
+        if log.is_empty:
+            continue
         _add_run(found.methods.setdefault(method, Learned()), log)
         _add_record(found, run, versions[-1], method if seed is None else f"{method} seed {seed}")
     if not found.methods:
+        damages = "".join(f". {damage.removesuffix('.')}" for damage in found.damages)
         raise UsageError(
-            f"{folder} has event files, but nothing in them that RebasinMerge or ContinualMonitor has logged"
+            f"{folder} has event files, but nothing in them that RebasinMerge, ContinualMonitor or another monitor has logged{damages}"
         )
     n_runs = sum(len(learned.logs) for learned in found.methods.values())
     found.about = f"{n_runs} runs, read from their event files" if n_runs > 1 else "one run, read from its event files"

@@ -17,6 +17,7 @@ from lit_rebasin.metrics.continual_metrics import (
     LearningAccuracy,
 )
 from lit_rebasin.metrics.curvature import HessianTrace, Sharpness, hessian_eigenvalues, hessian_trace
+from lit_rebasin.metrics.curve_figure import Curve, curves_figure
 from lit_rebasin.metrics.feature_figure import feature_speed_figure
 from lit_rebasin.metrics.feature_learning import FeatureSpeed
 from lit_rebasin.metrics.figures import accuracy_matrices_figure, accuracy_matrix_figure, accuracy_over_tasks_figure
@@ -45,6 +46,7 @@ __all__ = [
     "BackwardTransfer",
     "Barrier",
     "ContinualAccuracy",
+    "Curve",
     "FeatureSpeed",
     "Forgetting",
     "ForwardTransfer",
@@ -64,6 +66,7 @@ __all__ = [
     "alpha_figure",
     "average_accuracy",
     "backward_transfer",
+    "curves_figure",
     "displacement_figure",
     "effective_dimension",
     "feature_speed_figure",

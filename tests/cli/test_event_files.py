@@ -37,7 +37,7 @@ def test_versions_come_in_their_order(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "events.out.tfevents.1").touch()
     assert event_folders(tmp_path) == [tmp_path / name for name in ("a", "b/version_9", "b/version_10")]
-    assert read_log(event_folders(tmp_path)) is None
+    assert read_log(event_folders(tmp_path)).is_empty
 
 
 FIRST = RunLog(

@@ -63,7 +63,7 @@ def test_results_that_are_cut_off(copy, capsys, text):
         ([], "report needs the folder of a run"),
         (["nowhere"], "there is no folder nowhere; name the output folder of a benchmark or a fit"),
         (["empty"], "empty is no run: it has neither results.json nor TensorBoard event files"),
-        (["a.txt"], "there is no folder a.txt"),
+        (["a.txt"], "report takes a folder, and a.txt is a file"),
         (
             ["RUN", "--output", "nowhere/a.html"],
             "nowhere/a.html cannot be written; pass --output FILE.html in a folder",
@@ -93,21 +93,41 @@ def test_wrong_words_are_one_sentence(benchmarked, tmp_path, monkeypatch, capsys
     assert (tmp_path / "a.txt").read_text() == "mine"
 
 
-def test_a_damaged_event_file_is_named(copy, capsys):
-    file = sorted((copy / "rebasin" / "seed_3").rglob("*tfevents*"))[0]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    file.write_bytes(content)
-    assert main(["report", str(copy)]) == 2
+@pytest.mark.parametrize(
+    "file",
+    ["results.json", "accuracy_matrix.png", "rebasin/seed_3/config.yaml", "rebasin/seed_3/tensorboard/version_0/*"],
+)
+def test_a_file_of_a_benchmark_is_answered_with_its_folder(copy, capsys, monkeypatch, file):
+    monkeypatch.chdir(copy.parent)
+    name = f"copy/{next(copy.glob(file)).relative_to(copy)}"
+    assert main(["report", name]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"lit-rebasin: error: the event file {file} is damaged; remove it, or run this again"
-    file.write_bytes(b"no events at all, but a letter")
-    assert main(["report", str(copy)]) == 2
-    assert not (copy / "report.html").exists()
+    assert line == f"lit-rebasin: error: report takes a folder, and {name} is a file: try report copy"
+    assert main(["report", line.rpartition(" ")[2]]) == 0
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "tensorboard/version_0/events.out.tfevents.1"])
+def test_a_file_of_a_fit_is_answered_with_its_run(tmp_path, capsys, monkeypatch, file):
+    run = tmp_path / "a b" / "seed_0"
+    (run / "tensorboard" / "version_0").mkdir(parents=True)
+    (run / "tensorboard" / "version_0" / "events.out.tfevents.1").touch()
+    (run / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(run / file)]) == 2
+    assert capsys.readouterr().err.endswith(f"{run / file} is a file: try report 'a b/seed_0'\n")
+
+
+def test_a_file_of_no_run_is_answered_without_a_guess(tmp_path, capsys):
+    (tmp_path / "a.txt").touch()
+    assert main(["report", str(tmp_path / "a.txt")]) == 2
+    assert capsys.readouterr().err.endswith("a.txt is a file\n")
 
 
 def test_logs_of_others_are_no_run(tmp_path, capsys):
     trainer = make_trainer(tmp_path, logger=TensorBoardLogger(tmp_path))
     trainer.fit(UserModule(), loader(), loader())
     assert main(["report", str(tmp_path)]) == 2
-    assert "but nothing in them that RebasinMerge or ContinualMonitor has logged" in capsys.readouterr().err
+    assert (
+        "but nothing in them that RebasinMerge, ContinualMonitor or another monitor has logged"
+        in capsys.readouterr().err
+    )
