@@ -131,6 +131,12 @@ def test_monitors_of_the_first_task_outlive_the_first_merge(tmp_path):
     assert log.alphas == {1: 0.5}
 
 
+def test_a_run_that_measures_tasks_takes_the_place_of_one_that_did_not(tmp_path):
+    write(tmp_path / "version_0", {"sharpness/trace": {2: 1.0}})
+    write(tmp_path / "version_1", {"sharpness/eigenvalue": {2: 2.0}, "accuracy/task_00": {0: 0.5}})
+    assert read_log(event_folders(tmp_path)).monitored == {"sharpness/eigenvalue": {2: 2.0}}
+
+
 def test_hostile_tags_are_shown_as_text(tmp_path):
     hostile = "sharpness/<script>alert(1)</script> $\\frac{$"
     page = report(write(tmp_path / "mine", {hostile: {1: float("nan"), 2: float("inf")}}, [(hostile, 3, 0)]))
