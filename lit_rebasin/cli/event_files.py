@@ -106,6 +106,11 @@ def event_folders(folder: Path) -> list[Path]:
     return sorted({file.parent for file in folder.rglob(PATTERN) if file.is_file()}, key=_order)
 
 
+def event_files(folder: Path) -> list[Path]:
+    """Return the event files that lie in ``folder`` itself, in their order."""
+    return sorted(file for file in folder.glob(PATTERN) if file.is_file())
+
+
 def read_log(folders: Iterable[Path]) -> RunLog:
     """Return what the versions of one run have logged, the later ones after the earlier.
 
@@ -125,7 +130,7 @@ def read_log(folders: Iterable[Path]) -> RunLog:
 def _read_version(folder: Path, damages: dict[Path, str]) -> _Version:
     """Return what the callbacks have logged in one folder, and note which files are damaged."""
     version = _Version()
-    for file in sorted(folder.glob(PATTERN)):
+    for file in event_files(folder):
         try:
             for step, value in event_values(file):
                 if step >= 0:

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.event_files import event_files, event_folders
+from lit_rebasin.cli.progress import working
 from lit_rebasin.cli.report import write_text
 from lit_rebasin.cli.report_page import report_page
 from lit_rebasin.cli.run_folder import read_folder
@@ -16,11 +18,21 @@ from lit_rebasin.cli.run_folder import read_folder
 def run_report(arguments: Sequence[str]) -> None:
     """Read the folder of a run, and write its page."""
     options = _options(arguments)
-    run = read_folder(options.run_dir)
-    output = Path(options.output or Path(options.run_dir) / "report.html")
+    folder = Path(options.run_dir)
+    with working(f"Reading {_size_of(folder)} of event files"):
+        run = read_folder(options.run_dir)
+    output = Path(options.output or folder / "report.html")
     _check_output(output)
-    write_text(output, report_page(run))
+    with working("Drawing"):
+        page = report_page(run)
+    write_text(output, page)
     Console(soft_wrap=True, markup=False, highlight=False).print(f"Report: {output}")
+
+
+def _size_of(folder: Path) -> str:
+    """Return how much there is to read, of which a second takes some megabytes."""
+    n_bytes = sum(file.stat().st_size for place in event_folders(folder) for file in event_files(place))
+    return f"{n_bytes / 1e6:.1f} MB"
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

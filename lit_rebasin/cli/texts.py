@@ -136,10 +136,11 @@ Trials that are finished in DIR are not run again. Defaults are in parentheses.
 
 Make one page of HTML of a run, with its pictures in it; nothing is loaded from anywhere, so that the file can be sent as it is. It has the
 table of the methods, accuracy over the tasks, the accuracy matrices, the loss along every merge before and after alignment, the neurons
-moved in each permutation group, alpha over the tasks, the configuration, the versions and the command; and it says what is missing.
+moved in each permutation group, alpha over the tasks, curves and last pictures of the monitors, the configuration, the versions and the
+command; and it says what is missing, damaged event files among it.
 
- RUN_DIR                     the output folder of a benchmark, or of a fit, or any folder with TensorBoard event files that RebasinMerge or
-                             ContinualMonitor has written
+ RUN_DIR                     the output folder of a benchmark, or of a fit, or any folder with TensorBoard event files that RebasinMerge,
+                             ContinualMonitor or another monitor has written
  --output FILE.html          where the page goes (RUN_DIR/report.html); an earlier one is replaced
 """,
     "inspect": """usage: lit-rebasin inspect MODEL --input SHAPE [--model.NAME VALUE ...] [--json] [--figure FILE]

@@ -18,6 +18,8 @@ _COLUMNS = 3  # panels in a row
 _NAMED = 12  # a longer legend is not read
 _DECADES = 100.0  # from this ratio of the largest to the smallest value on, an axis is logarithmic
 _DOTTED = 60  # measurements that are marked one by one
+# How the two curves of a number with and without alignment are drawn.
+_PAIR = {style["label"]: {key: value for key, value in style.items() if key != "label"} for style in STYLES.values()}
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,7 @@ def _styles(names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return how the curve of each name is drawn."""
     layers = [name for name in names if name and name not in _PAIR]
     colors = {name: colormaps["viridis"](0.88 * index / max(1, len(layers) - 1)) for index, name in enumerate(layers)}
-    plain = {"color": "0.25", "marker": "o"}
-    return {name: _PAIR.get(name, {**plain, **({"color": colors[name]} if name in colors else {})}) for name in names}
-
-
-_PAIR = {style["label"]: {key: value for key, value in style.items() if key != "label"} for style in STYLES.values()}
+    return {name: _PAIR.get(name, {"color": colors.get(name, "0.25"), "marker": "o"}) for name in names}
 
 
 def _evenly(names: Sequence[str]) -> list[str]:

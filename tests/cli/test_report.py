@@ -2,12 +2,14 @@ import base64
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
 import pytest
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from lit_rebasin import ContinualMonitor, RebasinMerge
 from lit_rebasin.cli import main
@@ -145,9 +147,34 @@ def events_of(folder, method, seed=3):
 
 
 def test_an_event_file_that_was_cut_off_counts_as_far_as_it_goes(copy):
-    for file in events_of(copy, "rebasin", 3) + events_of(copy, "rebasin", 4):
-        file.write_bytes(file.read_bytes()[:-7])
-    assert "figure-paths-rebasin" in report(copy).figures
+    file = events_of(copy, "rebasin", 3)[0]
+    file.write_bytes(file.read_bytes()[:-7])
+    page = report(copy)
+    assert "figure-paths-rebasin" in page.figures
+    name = file.relative_to(copy)
+    assert (
+        f"The event file {name} breaks off within its last record, as of a run that was stopped or goes on."
+        in page.text
+    )
+
+
+@pytest.mark.parametrize("damage", ["a byte", "no events", "no event"])
+def test_a_damaged_event_file_is_named_and_the_page_is_made(copy, damage):
+    file = events_of(copy, "rebasin", 3)[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    letter = b"no events at all, but a letter"
+    record = struct.pack("<Q", len(letter))
+    record += struct.pack("<I", masked_crc32c(record)) + letter + struct.pack("<I", masked_crc32c(letter))
+    file.write_bytes({"a byte": content, "no events": letter, "no event": record}[damage])
+    page = report(copy)
+    (said,) = re.findall(
+        r"The event file (\S+) is damaged after (\d+) of its records, and no more of it is read\.", page.text
+    )
+    assert said[0] == str(file.relative_to(copy))
+    assert (int(said[1]) > 10) == (damage == "a byte")
+    assert {"figure-paths-rebasin", "figure-paths-average", "figure-accuracy-matrix"} <= set(page.figures)
+    assert ("nothing is known of the merges: rebasin seed 3" in page.text) == (damage != "a byte")
 
 
 def test_runs_without_event_files_are_named(copy):

@@ -1,5 +1,4 @@
 import json
-import re
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -7,7 +6,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_rebasin.cli import main
 
 from ..callbacks.user_code import UserModule, loader, make_trainer
-from .page import Page
 
 
 def change(folder, *keys, value):
@@ -95,28 +93,34 @@ def test_wrong_words_are_one_sentence(benchmarked, tmp_path, monkeypatch, capsys
     assert (tmp_path / "a.txt").read_text() == "mine"
 
 
-def test_a_damaged_event_file_is_named_and_the_rest_is_shown(copy):
-    file = sorted((copy / "rebasin" / "seed_3").rglob("*tfevents*"))[0]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    file.write_bytes(content)
-    named = re.escape(str(file.relative_to(copy)))
-    assert main(["report", str(copy)]) == 0
-    page = Page(copy / "report.html")
-    assert re.search(
-        rf"The event file {named} is damaged after \d+ of its records, and no more of it is read", page.text
-    )
-    assert "figure-paths-rebasin" in page.figures
-    file.write_bytes(b"no events at all, but a letter")
-    assert main(["report", str(copy)]) == 0
-    assert "is damaged after 0 of its records" in Page(copy / "report.html").text
-
-
-@pytest.mark.parametrize("inner", ["results.json", "rebasin/seed_3/config.yaml"])
-def test_a_file_of_a_run_in_place_of_its_folder(copy, inner, capsys):
-    assert main(["report", str(copy / inner)]) == 2
+@pytest.mark.parametrize(
+    "file",
+    ["results.json", "accuracy_matrix.png", "rebasin/seed_3/config.yaml", "rebasin/seed_3/tensorboard/version_0/*"],
+)
+def test_a_file_of_a_benchmark_is_answered_with_its_folder(copy, capsys, monkeypatch, file):
+    monkeypatch.chdir(copy.parent)
+    name = f"copy/{next(copy.glob(file)).relative_to(copy)}"
+    assert main(["report", name]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{inner} is a file: try report {copy}" in line
+    assert line == f"lit-rebasin: error: report takes a folder, and {name} is a file: try report copy"
+    assert main(["report", line.rpartition(" ")[2]]) == 0
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "tensorboard/version_0/events.out.tfevents.1"])
+def test_a_file_of_a_fit_is_answered_with_its_run(tmp_path, capsys, monkeypatch, file):
+    run = tmp_path / "a b" / "seed_0"
+    (run / "tensorboard" / "version_0").mkdir(parents=True)
+    (run / "tensorboard" / "version_0" / "events.out.tfevents.1").touch()
+    (run / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(run / file)]) == 2
+    assert capsys.readouterr().err.endswith(f"{run / file} is a file: try report 'a b/seed_0'\n")
+
+
+def test_a_file_of_no_run_is_answered_without_a_guess(tmp_path, capsys):
+    (tmp_path / "a.txt").touch()
+    assert main(["report", str(tmp_path / "a.txt")]) == 2
+    assert capsys.readouterr().err.endswith("a.txt is a file\n")
 
 
 def test_logs_of_others_are_no_run(tmp_path, capsys):

@@ -1,45 +1,53 @@
-"""Curves over the steps of a training."""
+import io
 
-import math
-
+import pytest
 import torch
 
 from lit_rebasin.metrics import Curve, curves_figure
 
 
 def curve(*seeds):
-    values = torch.tensor(seeds, dtype=torch.float64)
-    return Curve(torch.arange(values.shape[1]), values)
+    return Curve(torch.arange(1, len(seeds[0]) + 1), torch.tensor(seeds, dtype=torch.float64))
 
 
-def test_a_curve_is_the_mean_and_a_band_the_range():
-    figure = curves_figure({"trace": {"": curve([1.0, 2.0, math.nan], [3.0, 6.0, math.nan])}}, marks=[1])
+def test_curves_are_means_over_the_seeds_that_have_the_step():
+    nan = float("nan")
+    figure = curves_figure({"trace": {"": curve([1.0, nan, nan], [3.0, nan, 5.0])}}, marks=[2])
     (axes,) = figure.axes
     mark, line = axes.lines
-    assert set(mark.get_xdata()) == {1}
-    assert line.get_xdata().tolist() == [0, 1]
-    assert line.get_ydata().tolist() == [2, 4]
+    assert set(mark.get_xdata()) == {2}
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 3], [2, 5])
     (band,) = axes.collections
-    corners = band.get_paths()[0].vertices
-    assert (corners[:, 1].min(), corners[:, 1].max()) == (1, 6)
-    assert axes.get_title() == "trace"
+    assert band.get_paths()[0].get_extents().extents.tolist() == [1, 1, 3, 5]
     assert not figure.legends
 
 
-def test_an_axis_is_logarithmic_where_positive_values_span_two_decades():
-    wide, narrow = [1.0, 100.0], [1.0, 99.0]
-    panels = {"wide": wide, "narrow": narrow, "with zero": [0.0, 100.0], "nothing": [math.nan, math.nan]}
-    figure = curves_figure({name: {"": curve(values)} for name, values in panels.items()})
-    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([0.01, 1.0], "log"), ([0.0, 1.0], "linear"), ([-1.0, 100.0], "linear"), ([1.0, 50.0], "linear")],
+)
+def test_the_axis_is_logarithmic_where_positive_values_span_decades(values, scale):
+    assert curves_figure({"a": {"": curve(values)}}).axes[0].get_yscale() == scale
 
 
-def test_a_name_has_one_colour_and_a_long_legend_names_twelve():
-    layers = {f"layer${index}$": curve([1.0 + index, 2.0]) for index in range(30)}
-    figure = curves_figure({"a": layers, "b": dict(list(layers.items())[5:6])})
-    (legend,) = figure.legends
-    names = [text.get_text() for text in legend.get_texts()]
-    assert len(names) == 12
-    assert (names[0], names[-1]) == ("layer$0$", "layer$29$")
+def test_panels_share_their_names_and_colours():
+    figure = curves_figure({"a": {"x": curve([1.0]), "y": curve([2.0])}, "b": {"y": curve([3.0])}})
     first, second = figure.axes
-    assert first.lines[5].get_color() == second.lines[0].get_color() != first.lines[6].get_color()
-    figure.canvas.draw()
+    assert [axes.get_title() for axes in (first, second)] == ["a", "b"]
+    assert first.lines[1].get_color() == second.lines[0].get_color() != first.lines[0].get_color()
+    assert [text.get_text() for text in figure.legends[0].texts] == ["x", "y"]
+
+
+def test_a_long_legend_names_twelve_from_the_first_to_the_last():
+    figure = curves_figure({"a": {f"layer {n}": curve([1.0, 2.0]) for n in range(50)}})
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert len(set(names)) == 12
+    assert (names[0], names[-1]) == ("layer 0", "layer 49")
+    assert len(figure.axes[0].lines) == 50
+
+
+def test_names_are_no_formulas():
+    figure = curves_figure({"$\\frac{$": {"_x $\\frac{$": curve([float("nan")])}})
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    assert stream.getvalue().startswith(b"\x89PNG")
