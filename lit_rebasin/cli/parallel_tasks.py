@@ -2,9 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.cli.app import ContinualCLI, hush
 from lit_rebasin.cli.build import QUIET, Run, build_run, merge_settings
 from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.workers import workers
 from lit_rebasin.continual.evaluate import evaluate
 from lit_rebasin.metrics import ContinualAccuracy
 
@@ -54,7 +53,7 @@ def run_in_parallel(
     """
     with tempfile.TemporaryDirectory() as folder:
         tasks = [(cli.arguments, run.record.method, run.record.seed, t, folder, threads) for t in range(run.n_tasks)]
-        pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        pool = workers(processes)
         trained = pool.map(_train, tasks)
 
         def arrivals() -> Iterator[int]:

@@ -34,6 +34,17 @@ def finished_runs(
     if not (folder / "results.json").exists():
         return {}, None
     results = read_results(folder / "results.json")
+    try:
+        return _outcomes(folder, results, planned, cli)
+    except (KeyError, IndexError, TypeError):  # of what read_results does not need
+        raise UsageError(
+            f"{folder / 'results.json'} lacks what going on needs, for another version has written it; pass --overwrite to begin anew"
+        ) from None
+
+
+def _outcomes(
+    folder: Path, results: dict[str, Any], planned: Sequence[tuple[str, int]], cli: ContinualCLI
+) -> tuple[dict[tuple[str, int], Outcome], Setting]:
     now = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
     _check_same(results["protocol"], now, f"output_dir {folder} holds a benchmark")
     found: dict[tuple[str, int], Outcome] = {}

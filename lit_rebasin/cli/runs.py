@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,6 +21,7 @@ from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
 from lit_rebasin.cli.results import Outcome, Setting
 from lit_rebasin.cli.resume import checkpoint_to_resume
+from lit_rebasin.cli.workers import workers
 from lit_rebasin.continual import ContinualClassifier
 
 # Called with the share of a run that is done since the last call, and where it is.
@@ -65,7 +65,7 @@ def run_side_by_side(
         (cli.arguments, method, seed, place, cli.config.threads)
         for (method, seed), place in zip(planned, places, strict=True)
     ]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with workers(processes) as pool:
         futures = {pool.submit(_in_process, job): number for number, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):

@@ -19,6 +19,8 @@ import lit_rebasin.cli.benchmark
 import lit_rebasin.cli.fit  # noqa: F401 - imported once for all jobs
 from lit_rebasin.cli import main
 
+ORPHANS = 99
+
 
 def suicide(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -46,13 +48,32 @@ def sabotaged(kind, suffix, count):
 
 
 def child(job):
-    """Run the command, its output set aside."""
+    """Run the command in a session of its own, its output set aside."""
+    os.setsid()
     out = os.open(job.get("log", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     if job.get("sabotage"):
         sabotaged(*job["sabotage"])
     os._exit(main(job["words"]))
+
+
+def has_orphans(session):
+    """Return whether a process of a session outlives the one that began it by more than some seconds."""
+    until = time.monotonic() + 10
+    while any(of_session(path, session) for path in Path("/proc").glob("[0-9]*/stat")):
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def of_session(path, session):
+    try:
+        state, _, _, found = path.read_text().rpartition(")")[2].split()[:4]
+    except OSError:  # it has just ended
+        return False
+    return int(found) == session and state != "Z"
 
 
 def run(job, whole):
@@ -64,7 +85,7 @@ def run(job, whole):
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
+            return ORPHANS if has_orphans(pid) else os.waitstatus_to_exitcode(status)
         if time.monotonic() > until:
             os.kill(pid, signal.SIGKILL)
             until = float("inf")

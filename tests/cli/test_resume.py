@@ -150,6 +150,15 @@ def test_a_benchmark_that_was_killed_ends_as_if_it_never_was(tmp_path):
         assert not list(folder.rglob("*.ckpt"))
 
 
+def test_workers_end_with_a_benchmark_that_is_killed(tmp_path):
+    words = ["benchmark", *STREAM, "--methods", "average", "--seeds", "0,1", "--processes", "2", "--output_dir"]
+    folder = tmp_path / "cut"
+    jobs = [{"words": [*words, str(tmp_path / "whole")]}, {"words": [*words, str(folder)], "share": 0.7}]
+    jobs.append({"words": [*words, str(folder), "--resume"]})
+    assert run_jobs(tmp_path, jobs) == [0, KILLED, 0], said(tmp_path)
+    assert numbers(folder) == numbers(tmp_path / "whole")
+
+
 def command(folder, *words):
     return ["benchmark", *STREAM, "--output_dir", str(folder), *words]
 

@@ -1,0 +1,25 @@
+"""Processes that work for the command, and end with it."""
+
+import os
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+_LOOKS = 0.5  # seconds between two looks at the parent
+
+
+def workers(count: int) -> ProcessPoolExecutor:
+    """Return a pool of fresh processes that end when this one does, also if it is killed and can tell them nothing."""
+    return ProcessPoolExecutor(
+        count, mp_context=get_context("spawn"), initializer=_end_with_parent, initargs=(os.getpid(),)
+    )
+
+
+def _end_with_parent(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
