@@ -1,5 +1,6 @@
 """One method with one seed, from the configuration to its accuracy matrix, here or in a process of its own."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -32,6 +33,7 @@ def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Re
     """Train a method with a seed; its logs and configuration go to ``folder``."""
     if METHODS[method].baseline:
         import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
+    gc.collect()  # network and data of the run before hang in cycles, which Python is in no hurry to free
     watch = _Watch(report, f"{method} · seed {seed}")
     savers = _savers(cli, method, folder)
     run = build_run(cli, method, seed, folder, [watch, *savers], **{**QUIET, "enable_checkpointing": bool(savers)})

@@ -1,17 +1,20 @@
 """Runs that were killed, against those that were not."""
 
+import gc
 import json
 import random
 import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from lit_rebasin.cli import main
+from lit_rebasin.cli.build import build_run
 
 from .words import CONFIG, ROOT, SMALL
 
@@ -221,3 +224,21 @@ def test_a_benchmark_that_begins_anew_leaves_no_checkpoint_of_before(tmp_path):
     assert main(command(tmp_path, "--methods", "average", "--seeds", "0")) == 0
     assert not stale.exists()
     assert not Path(tmp_path, "average", "seed_0", "checkpoints").exists()
+
+
+def test_a_run_is_freed_before_the_next_begins(tmp_path, monkeypatch):
+    made, alive = [], []
+
+    def build(*args, **kwargs):
+        alive.append(sum(reference() is not None for reference in made))
+        run = build_run(*args, **kwargs)
+        made.append(weakref.ref(run.data))
+        return run
+
+    monkeypatch.setattr("lit_rebasin.cli.runs.build_run", build)
+    gc.disable()
+    try:
+        assert main(command(tmp_path, "--methods", "average,rebasin", "--seeds", "0")) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
