@@ -5,7 +5,7 @@ of each benchmark beside it. Methods that were run apart are joined by a plus; w
 
     python benchmarks/continual_table.py rotated_mnist+_no_merge+_baselines+_mc_sgd+_rebasin_il rotated_mnist_fresh+_average+_no_merge \
         rotated_mnist_online+_average+_mc_sgd+_no_merge+_baselines permuted_mnist_online+_average+_mc_sgd+_no_merge+_baselines \
-        split_cifar100_online+_average+_no_merge split_mnist+_no_merge
+        split_cifar100_online+_average+_no_merge split_mnist+_no_merge rotated_fashion_mnist+_ours
 """
 
 import argparse

@@ -145,7 +145,8 @@ class FeatureLearningMonitor(Monitor):
     def _warn_of_still_layers(self, found: Mapping[str, Mapping[str, float]]) -> None:
         fastest = max((layer["speed"] for layer in found.values()), default=0.0)
         for name, layer in found.items():
-            if layer["speed"] < _STILL * fastest and name not in self._warned:
+            # Where no gradient comes back, weight decay alone still moves a layer.
+            if (layer["speed"] < _STILL * fastest or layer["backward"] == 0) and name not in self._warned:
                 self._warned.add(name)
                 cause = (
                     "no gradient comes back to it"

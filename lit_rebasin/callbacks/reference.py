@@ -39,7 +39,7 @@ def as_weights_of(module: "pl.LightningModule", held: Mapping[str, Any]) -> dict
     Names may lack a prefix that all of the module's have, or have one that the module's lack.
 
     Raises:
-        CheckpointError: If a name or a shape does not fit.
+        CheckpointError: If a name or a shape does not fit, or a weight is NaN.
     """
     name = type(module).__name__
     own = module.state_dict()
@@ -51,7 +51,11 @@ def as_weights_of(module: "pl.LightningModule", held: Mapping[str, Any]) -> dict
         if not prefix or next(iter(inner)) not in held:
             raise
         found = {prefix + key: value for key, value in matching_weights(inner, held, "reference", name).items()}
-    return {key: found.get(key, tensor) for key, tensor in weights_of(module).items()}
+    weights = {key: found.get(key, tensor).to(tensor.dtype) for key, tensor in weights_of(module).items()}
+    for key, tensor in weights.items():
+        if tensor.isnan().any():
+            raise CheckpointError(f"reference holds NaN in {key!r}: nothing is connected with it")
+    return weights
 
 
 def _common_prefix(names: Mapping[str, Any]) -> str:

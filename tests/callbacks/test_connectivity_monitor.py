@@ -81,7 +81,8 @@ def test_a_reference_in_any_form(tmp_path):
     make_trainer(tmp_path, max_epochs=0).fit(twin, whole())
     twin.trainer.save_checkpoint(tmp_path / "twin.ckpt")
     wrapped = {f"model.{name}": tensor for name, tensor in state.items()}
-    given = [twin, state, wrapped, tmp_path / "twin.pt", str(tmp_path / "twin.ckpt")]
+    double = {name: tensor.double() for name, tensor in state.items()}
+    given = [twin, state, wrapped, double, tmp_path / "twin.pt", str(tmp_path / "twin.ckpt")]
     for reference in given:
         monitor = ConnectivityMonitor(reference=reference, examples=60)
         fit(tmp_path, monitor, module, max_epochs=1)
@@ -132,6 +133,7 @@ def test_a_reference_of_another_architecture(tmp_path):
     wide.head = nn.Linear(5, 4)
     for reference, message in (
         (nn.Linear(3, 2), "reference does not hold the weights of Plain: it lacks 'net.0.weight'"),
+        ({**Plain().state_dict(), "head.bias": torch.full((3,), math.nan)}, "reference holds NaN in 'head.bias'"),
         (wide, r"'head.weight' has shape \(4, 5\) in it and \(3, 5\) in the network"),
     ):
         module = Plain()

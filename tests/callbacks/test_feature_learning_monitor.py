@@ -185,3 +185,19 @@ def test_epochs_are_counted_through_a_resumed_fit(tmp_path):
     make_trainer(tmp_path, resumed, max_epochs=3).fit(Plain(), whole(), ckpt_path=tmp_path / "half.ckpt")
     fit(tmp_path, resumed, Plain(), max_epochs=1)
     assert epochs_drawn(resumed) == ([2, 5], [0, 1, 2, 3, 4, 5])
+
+
+def test_a_dead_layer_is_named_though_weight_decay_moves_it(tmp_path):
+    class Dead(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net[1] = nn.ReLU()
+            nn.init.constant_(self.net[0].bias, -100.0)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.1)
+
+    monitor = FeatureLearningMonitor()
+    with pytest.warns(UserWarning, match=r"Layer net\.0 stands still: .*no gradient comes back to it"):
+        fit(tmp_path, monitor, Dead(), max_epochs=1)
+    assert monitor.history[0]["feature_learning/speed/net.0"] > 1e-3
