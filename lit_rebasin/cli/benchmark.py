@@ -59,7 +59,7 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     except BaseException as error:
         if results:
             lacking = ", ".join(results["protocol"]["missing"])
-            error.add_note(f"The finished runs are in {folder / 'results.json'}; missing: {lacking}. --resume goes on.")
+            error.add_note(f"The finished runs are in {folder / 'results.json'}; missing: {lacking}; --resume goes on")
         raise
     finally:
         if results:

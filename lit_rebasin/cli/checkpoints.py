@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.continual.whole_files import write_whole
 from lit_rebasin.merging.checkpoint_file import (
     SAFETENSORS,
     Checkpoint,
@@ -18,6 +17,7 @@ from lit_rebasin.merging.checkpoint_file import (
     matching_weights,
     read_checkpoint,
 )
+from lit_rebasin.merging.whole_files import write_whole
 
 SUFFIXES = (SAFETENSORS, ".pt", ".pth", ".ckpt")
 

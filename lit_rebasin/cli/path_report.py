@@ -14,8 +14,8 @@ from lit_rebasin.alignment import Alignment, l2_cost
 from lit_rebasin.cli.examples import Examples, loss_and_accuracy
 from lit_rebasin.cli.matching import Setting
 from lit_rebasin.cli.progress import reading
-from lit_rebasin.continual.whole_files import write_whole
 from lit_rebasin.merging import LinearPath, PathLosses, loss_barrier
+from lit_rebasin.merging.whole_files import write_whole
 from lit_rebasin.metrics.figures import COLORS, MARKERS
 
 _COLORS = (COLORS[1], COLORS[0], COLORS[2])

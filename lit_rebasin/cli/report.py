@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_rebasin.continual.whole_files import write_whole
+from lit_rebasin.merging.whole_files import write_whole
 from lit_rebasin.metrics import (
     accuracy_matrices_figure,
     accuracy_matrix_figure,

@@ -62,7 +62,7 @@ def test_finished_runs_outlive_what_ends_a_later_one(failing, tmp_path, capsys, 
     assert main([*failing(error), "--output_dir", "out"]) == code
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == (
-        f"lit-rebasin: error: {says}. The finished runs are in out/results.json; missing: average seed 0, average seed 1"
+        f"lit-rebasin: error: {says}. The finished runs are in out/results.json; missing: average seed 0, average seed 1; --resume goes on"
     )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {name: len(found["accuracy"]) for name, found in results["methods"].items()} == {"finetune": 2}

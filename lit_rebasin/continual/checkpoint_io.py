@@ -1,8 +1,5 @@
-"""Files that are complete or not there at all, whenever the process ends."""
+"""Checkpoints of Lightning that are complete or not there at all."""
 
-import os
-from collections.abc import Callable
-from contextlib import suppress
 from os import fspath
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
 from lit_rebasin.merging.checkpoint_file import read_torch
+from lit_rebasin.merging.whole_files import write_whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -41,25 +39,3 @@ class WholeCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it cannot be read so; the message names the file and what to do.
         """
         return read_torch(fspath(path))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name, flush it to the disk, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)  # noqa: PTH105, which has no name for an atomic replace
-        with suppress(OSError):  # there are file systems whose folders cannot be opened
-            _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
