@@ -17,6 +17,7 @@ from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.continual.task_end import task_ends
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.metrics import FeatureSpeed, feature_speed_figure, recorded
+from lit_rebasin.metrics.hessian import checked_loss
 from lit_rebasin.metrics.tracks import SEQUENTIAL, WEIGHTED
 
 # A layer whose features change by less than this share of what those of the fastest layer do stands still.
@@ -163,7 +164,7 @@ def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tenso
     gradients: dict[str, Tensor] = {}
     parameters = {name: parameter for name, parameter in step.module.named_parameters() if parameter.requires_grad}
     with recorded(step.module, _layers(step), gradients) as calls, torch.enable_grad():
-        loss = step.at({**weights_of(step.module), **parameters}, batch)
+        loss = checked_loss(step.at({**weights_of(step.module), **parameters}, batch))
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     if not calls:
         raise ValueError(

@@ -59,6 +59,12 @@ class GeodesicMonitor(Monitor):
         self.tracks: dict[str, list[str]] = {}
         self._points: dict[str, list[Tensor]] = {}
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tell monitors of several tracks apart, of which a Trainer may have more than one."""
+        return self._generate_state_key(layers=self.layers)
+
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Refuse layers that the module does not have, before anything is trained."""

@@ -159,13 +159,16 @@ class Monitor(Callback):
         """Let a measurement fail without the training: a warning says so once for each reason."""
         try:
             yield
-        except NoLossError:  # the training skips such a batch, too
-            pass
         except Exception as error:
-            reason = f"{type(self).__name__} could not measure task {self.task}: {error}"
-            if str(error) not in self._reasons:
-                self._reasons.add(str(error))
-                rank_zero_warn(reason)
+            # Lightning skips a batch by None; which batches are, may depend on their index.
+            what = (
+                f"{error} It was given the examples kept aside, with batch_idx 0."
+                if isinstance(error, NoLossError)
+                else str(error)
+            )
+            if what not in self._reasons:
+                self._reasons.add(what)
+                rank_zero_warn(f"{type(self).__name__} could not measure task {self.task}: {what}")
 
     def _log(self, trainer: "pl.Trainer", numbers: dict[str, float]) -> None:
         """Keep the numbers, and give them to all loggers."""

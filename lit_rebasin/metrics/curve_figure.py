@@ -38,7 +38,7 @@ class Curve:
 def curves_figure(panels: Mapping[str, Mapping[str, Curve]], marks: Sequence[int] = ()) -> Figure:
     """Draw a panel a quantity, a curve a name: the mean over seeds, and the range as a band.
 
-    A name has one colour in all panels, from the first (dark) to the last (bright). Of more than twelve, twelve at even distances are named.
+    A name has one colour in all panels, from the first (dark) to the last (bright). The legend names twelve at most; see :func:`legend_names`.
     Where all values of a panel are positive and the largest is a hundred times the smallest or more, its axis is logarithmic.
 
     Args:
@@ -49,7 +49,8 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], marks: Sequence[int
     n_rows = ceil(len(panels) / n_columns)
     styles = _styles(dict.fromkeys(name for curves in panels.values() for name in curves))
     named = [name for name in styles if name]
-    n_lines = ceil(min(len(named), _NAMED) / _COLUMNS)
+    shown = legend_names(named)
+    n_lines = ceil(len(shown) / _COLUMNS)
     figure = Figure(figsize=(max(4.6, 3.55 * n_columns), 2.15 * n_rows + 0.35 + 0.2 * n_lines), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, sharex=True, squeeze=False)
     for index, (title, curves) in enumerate(panels.items()):
@@ -61,7 +62,6 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], marks: Sequence[int
         axes.remove()
     figure.supxlabel("optimizer step", fontsize=9)
     if named:
-        shown = named if len(named) <= _NAMED else _evenly(named)
         handles = [Line2D([], [], **styles[name], markersize=4) for name in shown]
         legend = figure.legend(handles, shown, loc="outside upper center", ncols=_COLUMNS, frameon=False, fontsize=8)
         for entry in legend.get_texts():
@@ -69,15 +69,21 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], marks: Sequence[int
     return figure
 
 
+def legend_names(names: Sequence[str]) -> list[str]:
+    """Return what a legend names: all of up to twelve names, else twelve: with and without alignment, and layers at even distances."""
+    if len(names) <= _NAMED:
+        return list(names)
+    layers = [name for name in names if name not in _PAIR]
+    count = _NAMED - (len(names) - len(layers))
+    kept = {layers[round(index * (len(layers) - 1) / (count - 1))] for index in range(count)}
+    return [name for name in names if name in _PAIR or name in kept]
+
+
 def _styles(names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return how the curve of each name is drawn."""
     layers = [name for name in names if name and name not in _PAIR]
     colors = {name: colormaps["viridis"](0.88 * index / max(1, len(layers) - 1)) for index, name in enumerate(layers)}
     return {name: _PAIR.get(name, {"color": colors.get(name, "0.25"), "marker": "o"}) for name in names}
-
-
-def _evenly(names: Sequence[str]) -> list[str]:
-    return [names[round(index * (len(names) - 1) / (_NAMED - 1))] for index in range(_NAMED)]
 
 
 def _draw(

@@ -6,12 +6,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# A legend of more layers is not read.
-_NAMED = 12
+from lit_rebasin.metrics.curve_figure import legend_names
 
 
 def feature_speed_figure(curves: Mapping[str, Sequence[tuple[float, float]]], tasks: Iterable[float] = ()) -> Figure:
-    """Draw the relative change of the features a step: a line a layer, from the first (dark) to the last (bright).
+    """Draw the relative change of the features a step: a line a layer, from the first (dark) to the last (bright); twelve are named at most.
 
     Args:
         curves: By layer, in order, the measurements: how many epochs had been trained, and the change.
@@ -30,6 +29,9 @@ def feature_speed_figure(curves: Mapping[str, Sequence[tuple[float, float]]], ta
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    if len(curves) <= _NAMED:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    lines = dict(zip(curves, axes.get_lines()[-len(curves) :], strict=True)) if curves else {}
+    named = legend_names(list(curves))
+    legend = figure.legend([lines[name] for name in named], named, loc="outside right upper", frameon=False, fontsize=8)
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)
     return figure

@@ -17,13 +17,18 @@ SEQUENTIAL = (nn.RNNBase, nn.MultiheadAttention)
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The first call of a module: what went in and what came out, one sample a row; and whether that had been given out before."""
+    """The first call of a module: what went in and what came out, one sample a row; and which call gave that out first."""
 
     name: str
     module: nn.Module
     input: Tensor | None
     output: Tensor
-    passes_on: bool
+    origin: str
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether another module had given out the very same tensor before."""
+        return self.origin != self.name
 
     @property
     def size(self) -> int:
@@ -49,7 +54,7 @@ def recorded(
     calls: list[Call] = []
     met: set[nn.Module] = set()
     # With how often they had been written to, for a later layer may work in place.
-    outputs: list[tuple[Tensor, int]] = []
+    outputs: list[tuple[str, Tensor, int]] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -58,12 +63,13 @@ def recorded(
             if module in met or not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
                 return
             met.add(module)
-            passes_on = any(output is known and output._version == version for known, version in outputs)
-            outputs.append((output, output._version))
+            earlier = (of for of, known, version in outputs if output is known and output._version == version)
+            origin = next(earlier, name)
+            outputs.append((name, output, output._version))
             given = args[0].detach().clone() if args and isinstance(args[0], Tensor) and args[0].ndim > 1 else None
             turn = _samples_first(module)
             given = turn(given) if given is not None else None
-            calls.append(Call(name, module, given, turn(output.detach()).clone(), passes_on))
+            calls.append(Call(name, module, given, turn(output.detach()).clone(), origin))
             if gradients is not None and output.requires_grad:
                 output.register_hook(lambda gradient: gradients.update({name: turn(gradient.detach())}))
 
@@ -180,15 +186,18 @@ class _Series:
 
 
 def _chosen(calls: Sequence[Call]) -> list[_Series]:
-    calls = [call for call in calls if not call.passes_on]
+    # The output of a block may be that of its last part, which is no track of its own then.
     blocks = [call for call in calls if any(True for _ in call.module.children())]
-    weighted = [call for call in calls if isinstance(call.module, WEIGHTED)]
-    others = [call for call in calls if call not in blocks and call not in weighted]
+    single = [call for call in calls if call not in blocks and not call.passes_on]
+    weighted = [call for call in single if isinstance(call.module, WEIGHTED)]
+    others = [call for call in single if call not in weighted]
     found = _of_one_class(blocks, from_input=True) or _of_one_class(others) or _of_one_class(weighted)
     if not found and weighted:
         found = [series for series in [_Series(weighted, _takes_samples(weighted[0]))] if len(series) >= _POINTS]
     if not found:
-        raise ValueError("The network has no three layers that a track could go through: name some in layers=.")
+        raise ValueError(
+            "The network has no three layers that a track could go through; if it calls three modules, name them in layers=."
+        )
     return found
 
 
@@ -196,10 +205,14 @@ def _of_one_class(calls: Sequence[Call], *, from_input: bool = False) -> list[_S
     """Return the tracks through the class of modules that has the most points, one for each size; of two such classes the later one."""
     best: list[_Series] = []
     for kind in {type(call.module): None for call in calls}:
-        sizes: dict[int, list[Call]] = {}
+        # Of modules that give out the same, such as one Sequential at the end of another, the first is the point.
+        first: dict[str, Call] = {}
         for call in calls:
             if type(call.module) is kind:
-                sizes.setdefault(call.size, []).append(call)
+                first.setdefault(call.origin, call)
+        sizes: dict[int, list[Call]] = {}
+        for call in first.values():
+            sizes.setdefault(call.size, []).append(call)
         found = [_Series(series, from_input and _takes_samples(series[0], size=size)) for size, series in sizes.items()]
         found = [series for series in found if len(series) >= _POINTS]
         if found and sum(map(len, found)) >= sum(map(len, best)):

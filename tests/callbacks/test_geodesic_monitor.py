@@ -11,7 +11,8 @@ from lit_rebasin import (
     optimal_transport_score,
 )
 
-from .monitored import Plain, X, fit
+from .monitored import Plain, X, fit, whole
+from .user_code import make_trainer
 
 
 def test_geodesic_scores_are_those_of_the_trained_network(tmp_path):
@@ -37,6 +38,13 @@ def test_geodesic_layers_are_chosen_by_name(tmp_path):
     assert monitor.tracks == {"net.0": ["net.0", "net.2", "head"]}
     with pytest.raises(MisconfigurationException, match=r"names 'nat', which Plain does not have; it has net, net\.0"):
         fit(tmp_path, GeodesicMonitor(layers=["net.0", "nat", "head"]), Plain())
+
+
+def test_a_trainer_watches_two_tracks(tmp_path):
+    monitors = [GeodesicMonitor(), GeodesicMonitor(layers=["net.0", "net.2", "head"])]
+    make_trainer(tmp_path, *monitors).fit(Plain(), whole())
+    assert list(monitors[0].tracks) == ["net.1"]
+    assert list(monitors[1].tracks) == ["net.0"]
 
 
 def test_a_network_without_a_track_is_trained_all_the_same(tmp_path):

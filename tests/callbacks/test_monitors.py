@@ -190,15 +190,18 @@ def test_validation_examples_of_another_form(tmp_path):
     assert torch.equal(monitor.seen[0][0], next(iter(loader(shuffle=False)))[0][:7])
 
 
-def test_a_step_that_skips_its_batch_is_not_measured(tmp_path):
-    class Skips(Plain):
+@pytest.mark.parametrize("kind", MONITORS)
+def test_a_step_that_skips_the_examples_kept_aside_is_said_once(tmp_path, kind):
+    class SkipsFirst(Plain):
         def training_step(self, batch, batch_idx):
-            super().training_step(batch, batch_idx)
+            return super().training_step(batch, batch_idx) if batch_idx else None
 
-    for kind in (GeodesicMonitor, SharpnessMonitor, FeatureLearningMonitor):
-        monitor = kind()
-        fit(tmp_path, monitor, Skips())
-        assert monitor.history == []
+    monitor = kind() if kind is not ConnectivityMonitor else kind(reference=Plain())
+    loaders = DataLoader(TensorDataset(X, Y), batch_size=30)
+    with pytest.warns(UserWarning, match=r"could not measure task 0: SkipsFirst.training_step returned None") as caught:
+        assert fit(tmp_path, monitor, SkipsFirst(), loaders).current_epoch == 2
+    assert sum("could not measure" in str(warning.message) for warning in caught) == 1
+    assert monitor.history == []
 
 
 class Diverges(Plain):
@@ -206,12 +209,13 @@ class Diverges(Plain):
         return super().training_step(batch, batch_idx) * float("nan")
 
 
-@pytest.mark.parametrize("kind", [GeodesicMonitor, ConnectivityMonitor, SharpnessMonitor])
+@pytest.mark.parametrize("kind", MONITORS)
 def test_a_training_that_diverges_is_not_ended_by_a_monitor(tmp_path, kind):
     monitor = kind() if kind is not ConnectivityMonitor else kind(reference=Plain())
     with pytest.warns(UserWarning, match=rf"{kind.__name__} could not measure task 0: ") as caught:
         trainer = fit(tmp_path, monitor, Diverges(), max_epochs=3)
     assert trainer.current_epoch == 3
+    assert monitor.history == []
     assert sum("could not measure" in str(warning.message) for warning in caught) == 1
 
 

@@ -46,6 +46,14 @@ def test_a_long_legend_names_twelve_from_the_first_to_the_last():
     assert len(figure.axes[0].lines) == 50
 
 
+def test_a_long_legend_always_names_with_and_without_alignment():
+    layers = {f"layer {n}": curve([1.0, 2.0]) for n in range(50)}
+    figure = curves_figure({"a": layers, "b": {"as trained": curve([1.0]), "aligned": curve([2.0])}})
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert len(set(names)) == 12
+    assert {"layer 0", "layer 49", "as trained", "aligned"} <= set(names)
+
+
 def test_names_are_no_formulas():
     figure = curves_figure({"$\\frac{$": {"_x $\\frac{$": curve([float("nan")])}})
     stream = io.BytesIO()

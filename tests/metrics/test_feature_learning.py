@@ -123,3 +123,10 @@ def test_the_picture_has_a_line_a_layer_over_the_epochs_and_one_where_a_task_beg
     assert second.get_ydata()[0] == 0.3
     assert math.isnan(second.get_ydata()[1])  # has no logarithm
     assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
+    deep = feature_speed_figure({f"layer {n}": [(0, 1.0 + n)] for n in range(40)}, tasks=[3])
+    named = {
+        text.get_text(): line for text, line in zip(deep.legends[0].texts, deep.legends[0].get_lines(), strict=True)
+    }
+    assert len(named) == 12
+    for name in ("layer 0", "layer 39"):
+        assert named[name].get_color() == deep.axes[0].lines[1 + int(name.split()[1])].get_color()

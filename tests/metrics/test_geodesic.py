@@ -16,6 +16,7 @@ from lit_rebasin.metrics import (
     optimal_transport_score,
     recorded,
     same_space,
+    track_layers,
     tracks_figure,
     tracks_of,
 )
@@ -217,13 +218,42 @@ def test_frozen_copies_and_second_calls_are_left_out():
     assert not network[0]._forward_hooks
 
 
-def test_a_module_that_passes_on_what_its_parts_give_out_is_a_point_where_it_is_named():
+def test_modules_that_give_out_the_same_are_one_point():
     stages = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
-    calls = calls_of(nn.Sequential(nn.Sequential(*stages), nn.Linear(4, 2)), cloud(5, 4).float())
+    x = cloud(5, 4).float()
+    calls = calls_of(nn.Sequential(nn.Sequential(*stages), nn.Linear(4, 2)), x)
     chosen = tracks_of(calls, ["0.0", "0.1", "0.2"])["0.0"]
     (track,) = tracks_of(calls).values()
-    assert len(track) == 3  # not the last one twice, as the stage and as what the stages are in
-    assert all(torch.equal(a, b) for a, b in zip(chosen, track, strict=True))
+    assert len(track) == 4  # not the last one twice, as the stage and as what the stages are in
+    assert all(torch.equal(a, b) for a, b in zip([x, *chosen], track, strict=True))
+
+
+class Rectified(nn.Module):
+    """A residual block whose output is that of its last part."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.inner, self.act, self.end = nn.Linear(width, width), nn.Tanh(), nn.ReLU()
+
+    def forward(self, x):
+        return self.end(x + self.act(self.inner(x)))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [lambda: Rectified(4), lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)],
+    ids=["rectified", "norms behind"],
+)
+def test_a_block_that_ends_with_the_output_of_its_last_part_is_a_block(block):
+    network = nn.Sequential(block(), block(), block())  # in training: the fast path of the Transformer calls no parts
+    x = cloud(5, 4).float() if isinstance(network[0], Rectified) else cloud(15, 4).float().reshape(5, 3, 4)
+    calls = calls_of(network, x)
+    assert track_layers(calls) == {"0": ["0", "1", "2"]}
+    (track,) = tracks_of(calls).values()
+    points = [x]
+    for layer in network:
+        points.append(layer(points[-1]).detach())
+    assert all(torch.allclose(a, b.flatten(1), atol=1e-6) for a, b in zip(track, points, strict=True))
 
 
 def test_a_stage_that_begins_at_another_width_has_no_point_for_its_input():
