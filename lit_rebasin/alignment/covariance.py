@@ -117,11 +117,13 @@ class _Covariance:
 
     def value(self) -> Tensor:
         """Return the covariance ``(channels, channels)``, float64 on the CPU."""
-        return self.second / self.count - torch.outer(self.first / self.count, self.first / self.count)
+        found: Tensor = self.second / self.count - torch.outer(self.first / self.count, self.first / self.count)
+        return found
 
 
 def _power(covariance: Tensor, power: float) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     # Rounding leaves directions without variance a little of either sign, which a small power would blow up.
     values = torch.where(values > 1e-6 * values.max(), values, 0.0)
-    return (vectors * values**power) @ vectors.T
+    found: Tensor = (vectors * values**power) @ vectors.T
+    return found

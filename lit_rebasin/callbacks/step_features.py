@@ -89,7 +89,8 @@ class _OfLeaves(nn.Module):
         self.step, self.structure = step, structure
 
     def forward(self, *leaves: Any) -> Tensor:
-        return self.step(pytree.tree_unflatten(list(leaves), self.structure))
+        found: Tensor = self.step(pytree.tree_unflatten(list(leaves), self.structure))
+        return found
 
 
 def _all_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

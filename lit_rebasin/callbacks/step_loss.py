@@ -100,7 +100,8 @@ class StepLoss(nn.Module):
         copied = {name for name, _ in self.module.named_buffers()}
         copied |= {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
         chosen = {f"module.{n}": tensor.detach().clone() if n in copied else tensor for n, tensor in weights.items()}
-        return functional_call(self, chosen, (batch,))
+        found: Tensor = functional_call(self, chosen, (batch,))
+        return found
 
     def mean(self, weights: Mapping[str, Tensor], batches: list[Any]) -> tuple[Tensor, dict[str, float]]:
         """Return the mean loss over some batches without gradients, and the means of what ``training_step`` logs."""

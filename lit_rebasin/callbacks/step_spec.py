@@ -95,7 +95,8 @@ class _Whole(nn.Module):
         self.batch = batch
 
     def forward(self) -> Tensor:
-        return self.step(self.batch)
+        found: Tensor = self.step(self.batch)
+        return found
 
 
 def _seeded(step: StepLoss, weights: dict[str, Tensor], batch: Any) -> Tensor:

@@ -137,7 +137,7 @@ def method_options(function: Callable[..., Any] | None, name: str, words: Sequen
         given = parser.instantiate(parser.parse_args(list(words), defaults=False))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
-    return vars(given.get("options", Namespace()))
+    return dict(vars(given.get("options", Namespace())))
 
 
 def check_data(options: argparse.Namespace, labelled: bool) -> None:

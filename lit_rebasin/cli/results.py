@@ -118,7 +118,8 @@ def _numbers(found: Sequence[Outcome]) -> dict[str, Any]:
     }
     if found[0].moved is not None:
         numbers["moved"] = [outcome.moved for outcome in found]
-    return _without_nan(numbers)
+    plain: dict[str, Any] = _without_nan(numbers)
+    return plain
 
 
 def _without_nan(value: Any) -> Any:

@@ -30,7 +30,8 @@ def read_results(path: Path) -> dict[str, Any]:
         _check(results)
     except ValueError as error:
         raise UsageError(f"{path} is not as a benchmark writes it: {error}; run the benchmark again") from None
-    return results
+    plain: dict[str, Any] = results
+    return plain
 
 
 def _check(results: Any) -> None:

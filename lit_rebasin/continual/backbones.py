@@ -17,4 +17,5 @@ def slim_resnet18(width: int = 20) -> nn.Module:
 
     network = SlimResNet18(1, nf=width)
     network.linear = nn.Identity()
-    return network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    made: nn.Module = network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    return made

@@ -63,7 +63,7 @@ def _update_quietly(buffer: Any, strategy: Any, **kwargs: Any) -> None:
     buffer.post_adapt(strategy, strategy.experience)
 
 
-class _Kept(BalancedExemplarsBuffer):
+class _Kept(BalancedExemplarsBuffer):  # type: ignore[misc]
     """As many examples of each class of each task, drawn by Avalanche's buffer of each class, as our replay keeps."""
 
     def __init__(self, memory: _Memory) -> None:
@@ -188,7 +188,7 @@ def _dataset(data: ContinualDataModule, task: int) -> TaskAwareSupervisedClassif
     return TaskAwareSupervisedClassificationDataset([TensorDataset(x, y)], data_attributes=[targets, labels])
 
 
-class _PerTask(MultiTaskModule):
+class _PerTask(MultiTaskModule):  # type: ignore[misc]
     """A classifier with a head a task, as Avalanche asks for one."""
 
     def __init__(self, classifier: ContinualClassifier) -> None:
@@ -207,7 +207,7 @@ class _PerTask(MultiTaskModule):
         return {t: self.classifier(x, torch.full((len(x),), t)) for t in self.known_train_tasks_labels}
 
 
-class _Report(SupervisedPlugin):
+class _Report(SupervisedPlugin):  # type: ignore[misc]
     """Says how far the training is."""
 
     def __init__(self, on_epoch: Callable[[int], None] | None) -> None:

@@ -1,6 +1,7 @@
 """Whole batches cut out of tensors by index, replay mixed in."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ Examples = tuple[Tensor, Tensor, Tensor]  # images, labels, task indices
 Index = tuple[Tensor, Tensor | None, int]  # of new and of replayed examples, and the seed of what is random about them
 
 
-class MixedExamples(Dataset):
+class MixedExamples(Dataset[Examples]):
     """New and replayed examples as whole tensors; an item is a batch, cut by the indices into either.
 
     ``transform`` is applied to the replayed images of a batch, all at once.
@@ -47,7 +48,7 @@ class MixedExamples(Dataset):
         return changed
 
 
-class MixedBatches(Sampler):
+class MixedBatches(Sampler[Index]):
     """Indices of whole batches: a shuffle of the new examples, and shuffles of the buffer one after another beside it.
 
     The order depends on the seed and the epoch alone, however often it is iterated.
@@ -72,7 +73,7 @@ class MixedBatches(Sampler):
             yield chosen, None if replay is None else replay[start : start + len(chosen)], seeds[batch]
 
 
-class EvaluationBatches(Sampler):
+class EvaluationBatches(Sampler[Index]):
     """Indices of all examples in their order, in batches of nearly one size whose number is a multiple of the processes'."""
 
     def __init__(self, n: int, batch_size: int, processes: int) -> None:
@@ -86,7 +87,7 @@ class EvaluationBatches(Sampler):
         return ((part, None, 0) for part in self.parts)
 
 
-class RankBatches(DistributedSampler):
+class RankBatches(DistributedSampler[Any]):
     """What one of several processes has of some batches: every n-th, in their order, so that a step of all sees batches that follow each other.
 
     Where their number is no multiple of the processes', the first come once more at the end. Lightning's own sampler would shuffle them.

@@ -102,7 +102,8 @@ class ContinualClassifier(LightningModule):
         if len(self.heads) == 0:
             return self._logits(features)
         if len(self.heads) == 1:
-            return self.heads[0](features)
+            found: Tensor = self.heads[0](features)
+            return found
         if task is None:
             raise ValueError(f"This model has {len(self.heads)} heads: pass `task`, the task index of every example.")
         if (
@@ -228,7 +229,8 @@ class ContinualClassifier(LightningModule):
         trainer: Any = self.trainer
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return max(1, -(-batches // trainer.accumulate_grad_batches))
+        count: int = max(1, -(-batches // trainer.accumulate_grad_batches))
+        return count
 
     def _check_data(self) -> None:
         """Refuse a datamodule without tasks, if something depends on them."""

@@ -99,7 +99,7 @@ class ContinualDataModule(LightningDataModule):
         self._trained_task: int | None = None  # the task of the last training loader
         self._current: tuple[int, Examples, Examples | None] | None = None
         self._replay: dict[int, Examples] = {}
-        self._evaluation: dict[tuple[bool, int, int], list[DataLoader]] = {}
+        self._evaluation: dict[tuple[bool, int, int], list[DataLoader[Examples]]] = {}
         if replay_per_class:
             # Once a process group has begun, Avalanche refuses to be imported in any process but the first.
             import avalanche.training.storage_policy  # noqa: F401
@@ -157,7 +157,7 @@ class ContinualDataModule(LightningDataModule):
             )
 
     @override
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Examples]:
         """Return the loader of the current task, replay mixed in; the optimizer starts afresh if the task is a new one."""
         self._check_resumed()
         self.task = self._epoch() // self.epochs_per_task
@@ -166,7 +166,7 @@ class ContinualDataModule(LightningDataModule):
         self._trained_task = self.task
         return self.training_loader(self.task, self._epoch)
 
-    def training_loader(self, task: int, epoch: Callable[[], int]) -> DataLoader:
+    def training_loader(self, task: int, epoch: Callable[[], int]) -> DataLoader[Examples]:
         """Return the loader of a task, replay mixed in, whose order is that of the epoch of the stream that is asked for at each pass."""
         new, replayed = self._training_data(task)
         n_replay = 0 if replayed is None else len(replayed[1])
@@ -175,12 +175,12 @@ class ContinualDataModule(LightningDataModule):
         return DataLoader(examples, sampler=self._of_rank(batches), batch_size=None)
 
     @override
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[DataLoader[Examples]]:
         """Return one loader a task of the whole stream: its test data, or its held-back training data."""
         return self._evaluation_loaders(held_back=self.validation_fraction > 0)
 
     @override
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[DataLoader[Examples]]:
         """Return one loader a task of the whole stream: its test data."""
         return self._evaluation_loaders(held_back=False)
 
@@ -280,7 +280,7 @@ class ContinualDataModule(LightningDataModule):
         kept = choose_replay(labels, self.replay_per_class, self.seed * 100_003 + task)
         self._replay[task] = self._examples(task, self.stream.train(task, trained[kept]), "training")
 
-    def _evaluation_loaders(self, *, held_back: bool) -> list[DataLoader]:
+    def _evaluation_loaders(self, *, held_back: bool) -> list[DataLoader[Examples]]:
         key = (held_back, *self._processes())
         if key not in self._evaluation:
             loaders = []

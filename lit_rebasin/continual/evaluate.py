@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lit_rebasin.continual.batches import Examples
 from lit_rebasin.metrics import ContinualAccuracy
 
 
@@ -13,7 +14,7 @@ from lit_rebasin.metrics import ContinualAccuracy
 def evaluate(
     metric: ContinualAccuracy,
     model: nn.Module,
-    loaders: Sequence[DataLoader],
+    loaders: Sequence[DataLoader[Examples]],
     trained: int,
     device: torch.device | str,
 ) -> None:

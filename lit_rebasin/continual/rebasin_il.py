@@ -73,7 +73,8 @@ class RebasinIL(LightningModule):
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
         """Return the logits of the network as it is."""
-        return self.classifier(x, task)
+        found: Tensor = self.classifier(x, task)
+        return found
 
     def configure_optimizers(self) -> Any:
         """Make the optimizers of a task; called again whenever the stream moves to its next one."""
@@ -137,7 +138,8 @@ class RebasinIL(LightningModule):
         self.log("val_acc", self.classifier.accuracy(logits, y), batch_size=len(y), sync_dist=True)
 
     def _run(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        return self(batch[0], batch[2])
+        found: Tensor = self(batch[0], batch[2])
+        return found
 
     def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x, y, task = batch

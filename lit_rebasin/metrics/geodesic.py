@@ -37,7 +37,8 @@ def line_shape_scores(track: Sequence[Tensor]) -> Tensor:
     points = torch.stack(same_space(_checked(track))).double()
     steps = points.diff(dim=0)
     unit = steps / steps.norm(dim=2, keepdim=True).clamp(min=_SHORTEST)
-    return len(steps) / unit.sum(0).norm(dim=1)
+    found: Tensor = len(steps) / unit.sum(0).norm(dim=1)
+    return found
 
 
 def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:

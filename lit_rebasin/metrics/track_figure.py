@@ -59,4 +59,5 @@ def _plane(points: Tensor) -> Tensor:
     flat = flat - flat.mean(0)
     _, _, axes = torch.linalg.svd(flat, full_matrices=False)
     chosen = axes[:2]
-    return (flat @ chosen.T).unflatten(0, points.shape[:2])
+    found: Tensor = (flat @ chosen.T).unflatten(0, points.shape[:2])
+    return found

@@ -235,4 +235,5 @@ def _reduced(points: Tensor) -> Tensor:
     """Return points in no more coordinates than there are points, at the same distances."""
     if points.shape[1] <= len(points):
         return points
-    return torch.linalg.qr(points.T, mode="r").R.T
+    found: Tensor = torch.linalg.qr(points.T, mode="r").R.T
+    return found

@@ -17,7 +17,7 @@ from lit_rebasin.callbacks.task_merger import TaskMerger
 from lit_rebasin.merging.path import weights_of
 
 
-class RebasinPlugin(TaskMerger, SupervisedPlugin):
+class RebasinPlugin(TaskMerger, SupervisedPlugin):  # type: ignore[misc]
     r"""Align and merge a strategy's network with its previous self at the end of every experience.
 
     The first experience is only remembered. After every later one the trained weights are permuted into the basin of the previous ones and
@@ -111,7 +111,8 @@ class _Step(pl.LightningModule):
     def training_step(self, batch: list[Tensor]) -> Tensor:
         x, y = batch[:2]
         output = avalanche_forward(self.model, x, batch[-1]) if self.knows_tasks else self.model(x)
-        return self.criterion(output, y)
+        found: Tensor = self.criterion(output, y)
+        return found
 
 
 def _step(strategy: SupervisedTemplate) -> StepLoss:

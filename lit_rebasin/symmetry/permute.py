@@ -104,11 +104,8 @@ def _index(axis: Axis, permutation: Tensor, length: int) -> Tensor:
 def neurons(tensor: Tensor, axis: Axis, size: int) -> Tensor:
     """Return what each neuron of a group has along an axis, ``(size, ...)``."""
     index = axis.entries(size).flatten().to(tensor.device)
-    return (
-        tensor.index_select(axis.dim, index)
-        .unflatten(axis.dim, (axis.before, size, axis.after))
-        .movedim(axis.dim + 1, 0)
-    )
+    chosen: Tensor = tensor.index_select(axis.dim, index).unflatten(axis.dim, (axis.before, size, axis.after))
+    return chosen.movedim(axis.dim + 1, 0)
 
 
 def invert(permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:

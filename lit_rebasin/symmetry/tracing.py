@@ -173,7 +173,8 @@ def _name(axes: list[Axis], taken: dict[str, Group]) -> str:
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(owner), attribute)
+    found: Tensor = getattr(model.get_submodule(owner), attribute)
+    return found
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

@@ -41,7 +41,8 @@ class Schedule:
         """
         if not step >= 0:
             raise ValueError(f"step must be 0 or more, got {step}.")
-        return self.beta_0 * (1 + step) ** self.kappa
+        value: float = self.beta_0 * (1 + step) ** self.kappa
+        return value
 
     def regularization(self, step: int) -> float:
         """Return the temperature of a step, ``1 / beta``."""

@@ -104,7 +104,8 @@ def fill_masses(a: Tensor | None, b: Tensor | None, n: int, m: int, like: Tensor
 def _batch(shapes: dict[str, torch.Size]) -> torch.Size:
     """Return the leading dimensions that all arguments broadcast to."""
     try:
-        return torch.broadcast_shapes(*shapes.values())
+        shape: torch.Size = torch.broadcast_shapes(*shapes.values())
+        return shape
     except RuntimeError:
         listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         raise ValueError(f"The leading dimensions do not broadcast: {listed}.") from None

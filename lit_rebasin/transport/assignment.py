@@ -92,4 +92,5 @@ def plan_entropy(plan: Tensor) -> Tensor:
     Args:
         plan: ``(..., n, m)``, non-negative.
     """
-    return torch.special.entr(plan).sum((-2, -1))
+    found: Tensor = torch.special.entr(plan).sum((-2, -1))
+    return found

@@ -70,7 +70,8 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0) -> float:
         float(torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").pow(exponent).mean())
         for a, b in ((first, second), (first, first), (second, second))
     )
-    return max(0.0, 2 * between - within_x - within_y) ** 0.5
+    value: float = max(0.0, 2 * between - within_x - within_y) ** 0.5
+    return value
 
 
 def _points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,8 @@ class ImplicitPlan(torch.autograd.Function):
     ) -> Solution:
         """Solve."""
         solver = _annealed_sinkhorn if len(settings) == 1 else _sinkhorn
-        return _call(solver, cost, a, b, regularization, extra, sign, *settings)
+        found: Solution = _call(solver, cost, a, b, regularization, extra, sign, *settings)
+        return found
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -212,7 +213,7 @@ class ImplicitPlan(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """Pass the gradient on to cost, masses and regularization."""
         if gradient is None:
-            return (None,) * (6 + ctx.settings)
+            return tuple(None for _ in range(6 + ctx.settings))
         plan, regularization = ctx.saved_tensors
         regularization = ctx.number or regularization
         scores, alpha, beta = _Adjoint.apply(plan, gradient, None, None)
@@ -242,7 +243,8 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: Tensor, change: Tensor, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return _call(_plan_adjoint, plan, change, da, db)
+        found: tuple[Tensor, Tensor, Tensor] = _call(_plan_adjoint, plan, change, da, db)
+        return found
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:

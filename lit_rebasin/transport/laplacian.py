@@ -114,7 +114,10 @@ class DominantLaplacian(Laplacian):
 
     def __matmul__(self, values: Tensor) -> Tensor:
         at_dominant, excess = self.row_means(values)
-        return self.degrees * values - self.rest_columns(at_dominant + excess) - self._to_columns(self.entry * excess)
+        found: Tensor = (
+            self.degrees * values - self.rest_columns(at_dominant + excess) - self._to_columns(self.entry * excess)
+        )
+        return found
 
 
 def _conjugate_gradients(operator: Callable[[Array], Array], right: Array, inverse: Array) -> Array | None:
@@ -153,7 +156,8 @@ def _solve_directly(plan: Tensor, inverse_a: Tensor, right: Tensor) -> Tensor:
     system.add_(null[..., :, None] * null[..., None, :])
     system.diagonal(dim1=-2, dim2=-1).add_(1 + 10 * torch.finfo(links.dtype).eps)
     solution, _ = torch.linalg.solve_ex(system, (right / root)[..., None])
-    return solution[..., 0] / root
+    found: Tensor = solution[..., 0] / root
+    return found
 
 
 def product(matrix: Array) -> Callable[[Array], Array]:

@@ -28,7 +28,8 @@ def _per_channel(trace: Trace, x: Dims, *rest: Any, **options: Any) -> Any:
 
 @rule(aten.rms_norm)
 def _rms_norm(trace: Trace, x: Dims, shape: Any, weight: Any = None, eps: float | None = None) -> Dims:
-    return _layer_norm(trace, x, shape, weight)
+    found: Dims = _layer_norm(trace, x, shape, weight)
+    return found
 
 
 @rule(aten.layer_norm)
