@@ -71,6 +71,7 @@ def run(n_tasks, folder, bare):
         num_sanity_val_steps=0,
         accelerator="cpu",
         enable_model_summary=False,
+        enable_progress_bar=False,
     )
     trainer.fit(ContinualClassifier(backbone), datamodule=data)
     return np.array(usage.rows)

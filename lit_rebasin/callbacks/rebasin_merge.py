@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lit_rebasin.callbacks.averages import check_averages, restart_averages, take_averages
 from lit_rebasin.callbacks.report import log_merge, log_refusal, log_settings
 from lit_rebasin.callbacks.settings import MergeSettings, Method
 from lit_rebasin.callbacks.start import Start
@@ -118,6 +119,7 @@ class RebasinMerge(TaskMerger, Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Refuse a model that cannot be merged, before training."""
         self._check(pl_module)
+        check_averages(trainer)
         log_settings(trainer, self.settings)
 
     @override
@@ -136,6 +138,8 @@ class RebasinMerge(TaskMerger, Callback):
         """Begin a task, and find the permutation groups on its first batch, so that a model without any fails at once."""
         if not self._pending:
             self._begin_task(pl_module)
+            if self.settings.start != "previous":
+                restart_averages(trainer, pl_module)
         self._pending = True
         self._look_at(StepLoss(pl_module, trainer.precision_plugin), batch)
 
@@ -180,10 +184,12 @@ class RebasinMerge(TaskMerger, Callback):
 
     def _merge_in(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Merge the task that was just trained."""
+        take_averages(trainer, pl_module)
         step = StepLoss(pl_module, trainer.precision_plugin)
         outcome = self._finish_task(
             step, lambda: self._draw(trainer), trainer.strategy.broadcast, trainer.is_global_zero
         )
+        restart_averages(trainer, pl_module)
         # The loop counts this batch only later, but the checkpoint of this task is written in between.
         self._steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         self._pending = False
