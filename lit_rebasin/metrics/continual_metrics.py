@@ -115,16 +115,17 @@ class ContinualAccuracy(Metric):
 
     def _tasks(self, task: int | Tensor, target: Tensor) -> Tensor:
         """Return the task of every example."""
-        whole = not (task.is_floating_point() or task.is_complex()) if isinstance(task, Tensor) else None
-        if not (isinstance(task, Integral) or whole):
-            given = task.dtype if isinstance(task, Tensor) else f"a {type(task).__name__}"
-            raise TypeError(f"task must be a task index or a tensor of them, one an example, got {given}.")
-        tasks = torch.as_tensor(task, device=target.device)
+        try:
+            tasks = torch.as_tensor(task, device=target.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"task must be a task index, or one an example, got a {type(task).__name__}.") from error
+        if tasks.is_floating_point() or tasks.is_complex():
+            raise TypeError(f"task must be a task index, or one an example, in whole numbers, got {tasks.dtype}.")
         if tasks.shape not in (torch.Size(), target.shape):
             raise ValueError(
                 f"task must be one index or one an example, {tuple(target.shape)}, got shape {tuple(tasks.shape)}."
             )
-        tasks = tasks.expand(target.shape)
+        tasks = tasks.long().expand(target.shape)
         if len(tasks) and not (int(tasks.min()) >= 0 and int(tasks.max()) < self.n_tasks):
             raise ValueError(
                 f"task must lie in 0 ... {self.n_tasks - 1}, got {int(tasks.min())} ... {int(tasks.max())}."

@@ -56,6 +56,7 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
             {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
         )
     axes.set(xlabel="distance of the weights along the first two", ylabel="across, towards the third")
+    axes.set(xlim=(float(plane.x[0]), float(plane.x[-1])), ylim=(float(plane.y[0]), float(plane.y[-1])))
     axes.set_aspect("equal")
     return figure
 

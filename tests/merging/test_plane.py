@@ -158,6 +158,7 @@ def test_a_plane_without_a_finite_loss_says_so(value):
     figure = plane_figure(plane, ("a", "b", "c"))
     figure.draw_without_rendering()
     assert [axes.get_title() for axes in figure.axes] == ["no loss of this plane is finite"]
+    assert figure.axes[0].get_xlim() == (plane.x[0], plane.x[-1])  # and leaves room for the names
 
 
 @pytest.mark.parametrize(

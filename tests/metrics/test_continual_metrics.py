@@ -106,8 +106,8 @@ def test_plots():
         ((torch.zeros(2), torch.zeros(2), torch.zeros(3).long(), 0), r"one an example, \(2,\), got shape \(3,\)"),
         ((np.zeros(2), torch.zeros(2), 0, 0), "preds must be a tensor of real numbers, got ndarray: torch.from_numpy"),
         ((torch.zeros(2), None, 0, 0), "target must be a tensor of real numbers, got NoneType"),
-        ((torch.zeros(2), torch.zeros(2), torch.zeros(2), 0), "task must be .*one an example, got torch.float32"),
-        ((torch.zeros(2), torch.zeros(2), "first", 0), "task must be .*one an example, got a str"),
+        ((torch.zeros(2), torch.zeros(2), torch.zeros(2), 0), "task must be .*in whole numbers, got torch.float32"),
+        ((torch.zeros(2), torch.zeros(2), "first", 0), "task must be a task index, or one an example, got a str"),
         ((torch.zeros(2), torch.zeros(2), 0, None), "trained must be a task index, a whole number, got a NoneType"),
     ],
 )
