@@ -106,7 +106,7 @@ def neuron_distances(
     """
     for argument, network in (("weights", weights), ("reference", reference)):
         check_weights(argument, network)
-    check_same_architecture(weights, reference, ("weights", "reference"))
+    check_same_architecture(weights, reference, ("network in weights", "reference"))
     theirs = layer_neurons(module, reference)
     ours = {name: points for name, points in layer_neurons(module, weights).items() if len(points) <= _WIDEST}
     if not theirs:

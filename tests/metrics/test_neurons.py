@@ -93,6 +93,8 @@ def test_networks_that_do_not_fit_each_other():
     weights = dict(model.named_parameters())
     with pytest.raises(ValueError, match=r"4\.weight"):
         neuron_distances(model, weights, {**weights, "4.weight": torch.zeros(2, 16)})
+    with pytest.raises(ValueError, match=r"network in weights has a tensor '4\.weight' that the reference lacks"):
+        neuron_distances(model, weights, {name: one for name, one in weights.items() if name != "4.weight"})
     with pytest.raises(ValueError, match="No linear layer or convolution"):
         neuron_distances(nn.Tanh(), weights, weights)
 
