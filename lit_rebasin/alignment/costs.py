@@ -99,17 +99,36 @@ def incremental_cost(permuted: Weights, reference: Weights, loss: Loss, alpha: f
     return loss(add_residual(interpolate(reference, permuted, alpha), residual))
 
 
-def check_same_architecture(model: Weights, reference: Weights) -> None:
-    """Raise a ValueError that names the first tensor in which two models differ in name or shape."""
+def check_weights(name: str, weights: object) -> None:
+    """Raise a TypeError unless an argument is tensors by name."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"{name} must be tensors by name, such as a module's state_dict(), got a {type(weights).__name__}."
+        )
+    for key, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be tensors by name, got a {type(tensor).__name__} for {key!r}.")
+
+
+def check_same_architecture(
+    model: Weights, reference: Weights, names: tuple[str, str] = ("model", "reference")
+) -> None:
+    """Raise a ValueError that names the first tensor in which two models differ in name or shape.
+
+    Args:
+        model: Tensors by name.
+        reference: Those of the other model.
+        names: What the two models are called.
+    """
     for name in [*model, *reference]:
         if name not in model or name not in reference:
-            holder, other = ("model", "reference") if name in model else ("reference", "model")
+            holder, other = names if name in model else names[::-1]
             raise ValueError(
                 f"The {holder} has a tensor {name!r} that the {other} lacks: they are of different architectures."
             )
         if model[name].shape != reference[name].shape:
             raise ValueError(
-                f"Tensor {name!r} has shape {tuple(model[name].shape)} in the model and {tuple(reference[name].shape)} in the reference: "
+                f"Tensor {name!r} has shape {tuple(model[name].shape)} in the {names[0]} and {tuple(reference[name].shape)} in the {names[1]}: "
                 "they are of different architectures."
             )
 

@@ -10,6 +10,7 @@ from lit_rebasin.callbacks.monitor import Monitor
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.metrics import hessian_eigenvalues, hessian_trace
+from lit_rebasin.transport.arguments import check_seed
 
 # The largest eigenvalue to two or three digits, which is what a curve shows.
 _TOLERANCE = 1e-2
@@ -42,6 +43,7 @@ class SharpnessMonitor(Monitor):
 
     def __init__(self, every_n_epochs: int = 1, examples: int = 128, seed: int = 0) -> None:
         super().__init__(every_n_epochs, examples)
+        check_seed(seed)
         self.seed = seed
 
     @override

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -31,6 +32,23 @@ def hooks() -> Iterator[list[Any]]:
             handle.remove()
 
 
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Make a ValueError of what goes wrong in a user's function: what could not be done, and the error that it gave."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def check_module(name: str, module: object) -> None:
+    """Raise a TypeError unless an argument is a network."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {kind(module)}.")
+
+
 def labelled(batches: Iterable[Any], module: nn.Module, argument: str = "dataloader") -> Iterator[tuple[Any, Any]]:
     """Yield input and target of every batch, on the module's device.
 
@@ -41,7 +59,7 @@ def labelled(batches: Iterable[Any], module: nn.Module, argument: str = "dataloa
     empty = True
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise TypeError(f"Every batch of {argument} must begin with an input and a target, got {_kind(batch)}.")
+            raise TypeError(f"Every batch of {argument} must begin with an input and a target, got {kind(batch)}.")
         empty = False
         yield to_device(batch[0], module), to_device(batch[1], module)
     if empty:
@@ -61,5 +79,6 @@ def arguments_of(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
-def _kind(batch: Any) -> str:
-    return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+def kind(value: Any) -> str:
+    """Return what a value is, in words for an error."""
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list) else "")

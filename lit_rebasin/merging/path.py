@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rebasin.alignment import check_same_architecture, interpolate
+from lit_rebasin.transport.arguments import check_count
 
 
 class LinearPath:
@@ -130,8 +131,7 @@ def even_shares(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def grid(points: int) -> Tensor:
     """Return evenly spaced alphas from 0 to 1, in float64."""
-    if points < 3:
-        raise ValueError(f"points must be at least 3, got {points}.")
+    check_count("points", points, 3)
     return torch.linspace(0, 1, points, dtype=torch.float64)
 
 

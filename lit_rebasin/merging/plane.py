@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from lit_rebasin.alignment import check_same_architecture
+from lit_rebasin.alignment import check_same_architecture, check_weights
+from lit_rebasin.transport.arguments import check_count, check_function, check_number
 
 Weights = Mapping[str, Tensor]
 
@@ -48,17 +51,23 @@ def loss_plane(
         margin: How far it goes beyond the three, as a share of their extent.
 
     Raises:
-        ValueError: If the three differ in names or shapes, lie on a line, there are fewer than 2 points, the margin is below 0,
+        TypeError: If a network is no mapping of tensors, the loss is no function or gives no number, or the margin is no number.
+        ValueError: If the three differ in names or shapes, lie on a line, the second or third is NaN or infinite where the first is not,
+            there are fewer than 2 points, the margin is below 0 or infinite,
             or the loss is not one number.
     """
-    if points < 2:
-        raise ValueError(f"points must be at least 2, got {points}.")
-    if not margin >= 0:
-        raise ValueError(f"margin must be at least 0, got {margin}.")
-    for other in (second, third):
-        check_same_architecture(other, first)
+    check_count("points", points, 2)
+    check_number("margin", margin)
+    if not 0 <= margin < inf:
+        raise ValueError(f"margin must be at least 0 and finite, got {margin}.")
+    check_function("loss", loss, "weights by name")
+    for name, weights in (("first", first), ("second", second), ("third", third)):
+        check_weights(name, weights)
+        check_same_architecture(weights, first, (f"{name} network", "first network"))
     origin = {name: tensor.detach() for name, tensor in first.items()}
     along, across = (_difference(other, origin) for other in (second, third))
+    for name, difference in (("second", along), ("third", across)):
+        _check_finite(f"{name} network", difference)
     length, on_line, height = _triangle(along, across)
     if not _has_area(length, height):
         raise ValueError(
@@ -72,14 +81,25 @@ def loss_plane(
         share = up / height
         step = left / length - share * on_line / length
         moved = {name: origin[name] + step * along[name] + share * across[name] for name in along}
-        value = loss({**origin, **moved})
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"loss must return one number, such as a mean, got shape {tuple(value.shape)}.")
-        return float(value)
+        return _one_number(loss({**origin, **moved}))
 
     with torch.no_grad():
         values = [[measured(left, up) for left in x.tolist()] for up in y.tolist()]
     return PlaneLosses(x, y, torch.tensor(values, dtype=torch.float64), corners)
+
+
+def _check_finite(name: str, difference: Weights) -> None:
+    for key, tensor in difference.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"The {name} holds NaN or infinity in {key!r}, so it is not on a plane with the first.")
+
+
+def _one_number(value: object) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"loss must return one number, such as a mean, got shape {tuple(value.shape)}.")
+    if not isinstance(value, Tensor | Real):
+        raise TypeError(f"loss must return a number, or a tensor of one, got a {type(value).__name__}.")
+    return float(value)
 
 
 def is_plane(first: Weights, second: Weights, third: Weights) -> bool:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lit_rebasin.merging import PathLosses
 from lit_rebasin.merging.path import grid
+from lit_rebasin.transport.arguments import check_count, check_tensor
 
 
 class Barrier(Metric):
@@ -24,6 +25,7 @@ class Barrier(Metric):
         **kwargs: Of :class:`~torchmetrics.Metric`.
 
     Raises:
+        TypeError: If the losses of an update are no tensor of real numbers.
         ValueError: If there are fewer than 3 points, or an update does not fit.
 
     Example::
@@ -49,10 +51,10 @@ class Barrier(Metric):
     @override
     def update(self, losses: Tensor, examples: int = 1) -> None:
         """Take in the losses of a batch."""
+        check_tensor("losses", losses)
         if losses.shape != self.total.shape:
             raise ValueError(f"losses must be one a point, ({len(self.total)},), got shape {tuple(losses.shape)}.")
-        if examples < 1:
-            raise ValueError(f"examples must be at least 1, got {examples}.")
+        check_count("examples", examples)
         self.total += examples * losses.detach().to(self.total)
         self.examples += examples
 

@@ -6,6 +6,8 @@ Avalanche: forgetting is the accuracy right after a task was learned minus the a
 
 from torch import Tensor
 
+from lit_rebasin.transport.arguments import check_count, check_tensor
+
 
 def average_accuracy(matrix: Tensor) -> float:
     """Return ``mean_s A[T-1, s]``, the accuracy at the end over all T tasks."""
@@ -36,9 +38,11 @@ def forward_transfer(matrix: Tensor, untrained: Tensor) -> float:
         0 for a single task.
 
     Raises:
+        TypeError: If one of the two is no tensor of real numbers.
         ValueError: If the shapes do not fit.
     """
     matrix = _square(matrix)
+    check_tensor("untrained", untrained)
     if untrained.shape != (len(matrix),):
         raise ValueError(
             f"untrained must have one accuracy a task, ({len(matrix)},), got shape {tuple(untrained.shape)}."
@@ -55,10 +59,20 @@ def learning_accuracy(matrix: Tensor) -> float:
 
 def after_task(matrix: Tensor, task: int) -> Tensor:
     """Return the matrix ``(task + 1, task + 1)`` of the stream as it stood after ``task``."""
+    check_matrix("matrix", matrix)
+    check_count("task", task, 0)
+    if task >= len(matrix):
+        raise ValueError(f"task must be one of the {len(matrix)} tasks of the matrix, counted from 0, got {task}.")
     return matrix[: task + 1, : task + 1]
 
 
-def _square(matrix: Tensor) -> Tensor:
+def check_matrix(name: str, matrix: Tensor) -> None:
+    """Raise an error unless an argument is an accuracy matrix."""
+    check_tensor(name, matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:
-        raise ValueError(f"An accuracy matrix is square and not empty, got shape {tuple(matrix.shape)}.")
+        raise ValueError(f"{name} must be an accuracy matrix, square and not empty, got shape {tuple(matrix.shape)}.")
+
+
+def _square(matrix: Tensor) -> Tensor:
+    check_matrix("matrix", matrix)
     return matrix.double()

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lit_rebasin.metrics.continual import backward_transfer, forgetting, forward_transfer, learning_accuracy
 from lit_rebasin.metrics.figures import heat_map
+from lit_rebasin.transport.arguments import check_tensor
 
 
 class ContinualAccuracy(Metric):
@@ -28,6 +29,7 @@ class ContinualAccuracy(Metric):
         **kwargs: Of :class:`~torchmetrics.Metric`.
 
     Raises:
+        TypeError: If predictions or targets of an update are no tensors of real numbers, or a task is no whole number.
         ValueError: If ``n_tasks`` is no whole number above 0, or an update does not fit.
 
     Example::
@@ -58,8 +60,8 @@ class ContinualAccuracy(Metric):
     @override
     def update(self, preds: Tensor, target: Tensor, task: int | Tensor, trained: int) -> None:
         """Count the right predictions of a batch."""
-        tasks = torch.as_tensor(task, device=target.device).expand(target.shape)
-        self._check(preds, target, tasks, trained)
+        self._check(preds, target, trained)
+        tasks = self._tasks(task, target)
         right = (preds.argmax(1) if preds.ndim == 2 else preds) == target
         self.total[trained + 1] += torch.bincount(tasks, minlength=self.n_tasks).to(self.total.device)
         self.correct[trained + 1] += torch.bincount(tasks[right], minlength=self.n_tasks).to(self.total.device)
@@ -99,17 +101,36 @@ class ContinualAccuracy(Metric):
         n = 1 if len(measured) == 0 else int(measured[-1]) + 1
         return accuracies[1 : n + 1, :n], accuracies[0, :n]
 
-    def _check(self, preds: Tensor, target: Tensor, tasks: Tensor, trained: int) -> None:
+    def _check(self, preds: Tensor, target: Tensor, trained: int) -> None:
+        for name, tensor in (("preds", preds), ("target", target)):
+            check_tensor(name, tensor)
         if target.ndim != 1 or preds.ndim not in (1, 2) or len(preds) != len(target):
             raise ValueError(
                 f"preds must be (B,) or (B, C) and target (B,), got shapes {tuple(preds.shape)} and {tuple(target.shape)}."
             )
+        if not isinstance(trained, Integral):
+            raise TypeError(f"trained must be a task index, a whole number, got a {type(trained).__name__}.")
         if not -1 <= trained < self.n_tasks:
             raise ValueError(f"trained must be a task index below n_tasks={self.n_tasks}, or -1, got {trained}.")
+
+    def _tasks(self, task: int | Tensor, target: Tensor) -> Tensor:
+        """Return the task of every example."""
+        try:
+            tasks = torch.as_tensor(task, device=target.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"task must be a task index, or one an example, got a {type(task).__name__}.") from error
+        if tasks.is_floating_point() or tasks.is_complex():
+            raise TypeError(f"task must be a task index, or one an example, in whole numbers, got {tasks.dtype}.")
+        if tasks.shape not in (torch.Size(), target.shape):
+            raise ValueError(
+                f"task must be one index or one an example, {tuple(target.shape)}, got shape {tuple(tasks.shape)}."
+            )
+        tasks = tasks.long().expand(target.shape)
         if len(tasks) and not (int(tasks.min()) >= 0 and int(tasks.max()) < self.n_tasks):
             raise ValueError(
                 f"task must lie in 0 ... {self.n_tasks - 1}, got {int(tasks.min())} ... {int(tasks.max())}."
             )
+        return tasks
 
 
 class _OfMatrix(ContinualAccuracy):

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lit_rebasin.merging.data import arguments_of, to_device
+from lit_rebasin.merging.data import arguments_of, check_module, saying, to_device
 from lit_rebasin.metrics.hessian import HessianProducts, Loss
 from lit_rebasin.metrics.lanczos import HessianEigenvalues, largest_eigenvalues
 from lit_rebasin.symmetry.keep import attributes_kept
+from lit_rebasin.transport.arguments import check_count, check_function, check_number, check_seed
 
 _TOLERANCE = 1e-4
 
@@ -63,14 +64,19 @@ def hessian_eigenvalues(
         The eigenvalues with their residuals, and whether they converged; if they did not, each is a lower bound.
 
     Raises:
-        TypeError: If the weights are no mapping of tensors of floating point, or the loss is no tensor.
+        TypeError: If the loss is no function or gives no tensor, the weights are no mapping of tensors of floating point, ``tolerance`` is no
+            number, or ``seed`` no whole number.
         ValueError: If ``count`` is more than there are weights or ``steps``, or the loss is not one number, is NaN or infinite, or does not
             depend on the weights.
     """
-    _check_whole("count", count, 1)
-    _check_whole("steps", steps, count, f"count={count}")
+    check_count("count", count)
+    check_count("steps", steps)
+    if steps < count:
+        raise ValueError(f"steps must be a whole number of at least count={count}, got {steps}.")
+    check_number("tolerance", tolerance)
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}.")
+    check_seed(seed)
     products = HessianProducts(loss, weights)
     if count > products.size:
         raise ValueError(f"count must be at most the number of weights, {products.size}, got {count}.")
@@ -90,16 +96,13 @@ def hessian_trace(loss: Loss, weights: Mapping[str, Tensor], samples: int = 10, 
         seed: Seed of the vectors; the global random state is not used.
 
     Raises:
-        TypeError: If the weights are no mapping of tensors of floating point, or the loss is no tensor.
+        TypeError: If the loss is no function or gives no tensor, the weights are no mapping of tensors of floating point, or ``seed`` is no
+            whole number.
         ValueError: If there are fewer than 2 samples, or the loss is not one number, is NaN or infinite, or does not depend on the weights.
     """
-    _check_whole("samples", samples, 2)
+    check_count("samples", samples, 2)
+    check_seed(seed)
     return _trace(HessianProducts(loss, weights), samples, seed)
-
-
-def _check_whole(name: str, number: int, least: int, least_is: str = "") -> None:
-    if type(number) is not int or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least_is or least}, got {number!r}.")
 
 
 def _eigenvalues(products: HessianProducts, count: int, steps: int, tolerance: float, seed: int) -> HessianEigenvalues:
@@ -136,8 +139,9 @@ class Sharpness(Metric):
         **kwargs: Of :class:`~torchmetrics.Metric`.
 
     Raises:
-        TypeError: If the loss is no function, or gives no tensor.
-        ValueError: If an argument is out of range, no parameter takes a gradient, or the loss is not one number, is NaN or infinite.
+        TypeError: If the loss is no function or gives no tensor, the seed no whole number, the network no module, or the target has no length.
+        ValueError: If an argument is out of range, a batch is empty or does not fit the network or the loss, no parameter takes a gradient, or
+            the loss is not one number, is NaN or infinite.
 
     Example::
 
@@ -167,10 +171,10 @@ class Sharpness(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not callable(loss):
-            raise TypeError(f"loss must be a function of output and target, got a {type(loss).__name__}.")
-        _check_whole("steps", steps, 1)
-        _check_whole("samples", samples, 2)
+        check_function("loss", loss, "output and target")
+        check_count("steps", steps)
+        check_count("samples", samples, 2)
+        check_seed(seed)
         self.loss, self.steps, self.samples, self.seed = loss, steps, samples, seed
         for name in ("eigenvalue", "trace", "examples"):  # sums over examples, and how many
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -178,6 +182,8 @@ class Sharpness(Metric):
     @override
     def update(self, model: nn.Module, inputs: Any, target: Any) -> None:
         """Measure a batch."""
+        check_module("model", model)
+        examples = _length(target)
         found, trace = self._measure(model, to_device(inputs, model), to_device(target, model))
         if not found.converged:
             warnings.warn(
@@ -185,9 +191,9 @@ class Sharpness(Metric):
                 f"bound, with a residual of {float(found.residuals[0]):.2g}.",
                 stacklevel=2,
             )
-        self.eigenvalue += float(found.values[0]) * len(target)
-        self.trace += trace.mean * len(target)
-        self.examples += len(target)
+        self.eigenvalue += float(found.values[0]) * examples
+        self.trace += trace.mean * examples
+        self.examples += examples
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -212,8 +218,21 @@ class Sharpness(Metric):
             )
 
             def loss(candidate: Mapping[str, Tensor]) -> Tensor:
-                return self.loss(functional_call(model, {**candidate, **buffers}, arguments_of(inputs)), target)
+                with saying(f"{type(model).__name__} cannot be run on the inputs of the batch"):
+                    output = functional_call(model, {**candidate, **buffers}, arguments_of(inputs))
+                with saying("loss cannot be computed of the network's output and the target"):
+                    return self.loss(output, target)
 
             products = HessianProducts(loss, weights)
             found = _eigenvalues(products, 1, self.steps, _TOLERANCE, self.seed)
             return found, _trace(products, self.samples, self.seed)
+
+
+def _length(target: Any) -> int:
+    """Return the number of examples of a batch."""
+    if not isinstance(target, Sized) or (isinstance(target, Tensor) and target.ndim == 0):
+        given = f"a {type(target).__name__}" + (" of one number" if isinstance(target, Tensor) else "")
+        raise TypeError(f"target must have an entry for each example of the batch, got {given}.")
+    if len(target) == 0:
+        raise ValueError("target holds no example: there is no loss of an empty batch.")
+    return len(target)

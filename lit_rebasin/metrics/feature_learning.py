@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lit_rebasin.transport.arguments import check_tensor
+
 
 class FeatureSpeed(Metric):
     """How far one step of training moves the features of a layer, and at what angle to the backward pass.
@@ -35,7 +37,8 @@ class FeatureSpeed(Metric):
         **kwargs: Of :class:`~torchmetrics.Metric`.
 
     Raises:
-        ValueError: If the three tensors of an update differ in shape, or are not of floating point.
+        TypeError: If what an update takes are no tensors of floating point.
+        ValueError: If the three tensors of an update differ in shape.
 
     Example::
 
@@ -66,12 +69,11 @@ class FeatureSpeed(Metric):
     def update(self, before: Tensor, after: Tensor, gradient: Tensor) -> None:
         """Add the features of a batch, each ``(B, ...)``."""
         given = {"before": before, "after": after, "gradient": gradient}
+        for name, tensor in given.items():
+            check_tensor(name, tensor, floating=True)
         if len({tensor.shape for tensor in given.values()}) > 1:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
             raise ValueError(f"before, after and gradient must have one shape, got {shapes}.")
-        for name, tensor in given.items():
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name} must be of floating point, got {tensor.dtype}.")
         start, end, slope = (tensor.detach().double().flatten() for tensor in given.values())
         step = end - start
         self.moved += step @ step

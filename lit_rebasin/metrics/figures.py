@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil, isnan
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -10,15 +11,25 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from lit_rebasin.metrics.continual import after_task, average_accuracy
+from lit_rebasin.metrics.continual import after_task, average_accuracy, check_matrix
+from lit_rebasin.transport.arguments import check_count
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
 
 
+def check_drawn(name: str, drawn: Mapping[Any, Any]) -> None:
+    """Raise an error unless an argument is a mapping that holds something to draw."""
+    if not isinstance(drawn, Mapping):
+        raise TypeError(f"{name} must be a mapping of what is drawn, got a {type(drawn).__name__}.")
+    if not drawn:
+        raise ValueError(f"{name} is empty, so there is nothing to draw.")
+
+
 def accuracy_matrix_figure(matrix: Tensor) -> Figure:
     """Draw one accuracy matrix as a heat map."""
+    check_matrix("matrix", matrix)
     return accuracy_matrices_figure({"": matrix})
 
 
@@ -28,7 +39,16 @@ def accuracy_matrices_figure(matrices: Mapping[str, Tensor], columns: int | None
     Args:
         matrices: By method.
         columns: The most that stand in a row; all of them by default.
+
+    Raises:
+        TypeError: If these are no matrices by name.
+        ValueError: If there are none, one is not square, or ``columns`` is no whole number above 0.
     """
+    check_drawn("matrices", matrices)
+    for method, matrix in matrices.items():
+        check_matrix(f"matrices[{method!r}]", matrix)
+    if columns is not None:
+        check_count("columns", columns)
     n_columns = min(columns or len(matrices), len(matrices))
     n_rows = ceil(len(matrices) / n_columns)
     figure = Figure(figsize=(3.6 * n_columns + 0.8, 3.9 * n_rows + 0.4), layout="constrained")
@@ -51,7 +71,14 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
 
     Args:
         matrices: By method, one accuracy matrix a seed; a method without a name is not in the legend.
+
+    Raises:
+        TypeError: If these are no lists of matrices by name.
+        ValueError: If there are none, or one is not square.
     """
+    check_drawn("matrices", matrices)
+    for method, seeds in matrices.items():
+        _check_seeds(f"matrices[{method!r}]", seeds)
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
     for index, (method, seeds) in enumerate(matrices.items()):
@@ -73,6 +100,15 @@ def accuracy_over_tasks_figure(matrices: Mapping[str, Sequence[Tensor]]) -> Figu
     if any(matrices):
         axes.legend(frameon=False)
     return figure
+
+
+def _check_seeds(name: str, seeds: Sequence[Tensor]) -> None:
+    if not isinstance(seeds, Sequence):
+        raise TypeError(f"{name} must be a list of accuracy matrices, one a seed, got a {type(seeds).__name__}.")
+    for seed, matrix in enumerate(seeds):
+        check_matrix(f"{name}[{seed}]", matrix)
+    if len({len(matrix) for matrix in seeds}) != 1:
+        raise ValueError(f"{name} must hold at least one accuracy matrix, all of as many tasks.")
 
 
 def heat_map(axes: Axes, matrix: Tensor) -> AxesImage:

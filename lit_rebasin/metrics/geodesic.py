@@ -1,6 +1,6 @@
 """Whether a network moves its data along straight lines, and to where optimal transport would move them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import nan
 from typing import Any
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lit_rebasin.metrics.tracks import same_space
 from lit_rebasin.transport import wasserstein_distance
+from lit_rebasin.transport.arguments import check_points, check_tensor
 
 # Steps shorter than this have no direction (as in the public code of the score).
 _SHORTEST = 1e-8
@@ -32,9 +33,13 @@ def line_shape_scores(track: Sequence[Tensor]) -> Tensor:
         ``(B,)``; infinity for a sample that comes back to where it was.
 
     Raises:
+        TypeError: If the track is no list of tensors of real numbers.
         ValueError: If there are fewer than three layers, or they are not ``(B, width)``.
     """
-    points = torch.stack(same_space(_checked(track))).double()
+    layers = _checked(track)
+    if len(layers) < 3:
+        raise ValueError(f"A track needs at least three layers, for two points are on a line; got {len(layers)}.")
+    points = torch.stack(same_space([layer.double() for layer in layers]))
     steps = points.diff(dim=0)
     unit = steps / steps.norm(dim=2, keepdim=True).clamp(min=_SHORTEST)
     found: Tensor = len(steps) / unit.sum(0).norm(dim=1)
@@ -55,9 +60,12 @@ def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
         The score, and the share of the samples that the optimal plan sends to their own image.
 
     Raises:
-        ValueError: If the shapes differ.
+        TypeError: If the points are no tensors of real numbers.
+        ValueError: If the shapes differ, or a point is NaN or infinite.
     """
-    if start.shape != end.shape or start.ndim != 2:
+    for name, points in (("start", start), ("end", end)):
+        check_points(name, points)
+    if start.shape != end.shape:
         raise ValueError(
             f"start and end must be (B, width) of one shape, got {tuple(start.shape)} and {tuple(end.shape)}."
         )
@@ -70,7 +78,12 @@ def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
 class LineShapeScore(Metric):
     """The mean over samples of :func:`~lit_rebasin.metrics.line_shape_scores`, from tracks.
 
-    ``update`` takes a track, ``(B, width)`` for each layer. At least 1, and 1 for straight lines (Gai and Zhang, arXiv 2102.09235).
+    ``update`` takes a track, ``(B, width)`` for each of at least three layers. At least 1, and 1 for straight lines (Gai and Zhang, arXiv
+    2102.09235).
+
+    Raises:
+        TypeError: If a track is no list of tensors of real numbers.
+        ValueError: If there are fewer than three layers, or they are not ``(B, width)``.
 
     Example::
 
@@ -112,9 +125,14 @@ class LineShapeScore(Metric):
 class OptimalTransportScore(Metric):
     """:func:`~lit_rebasin.metrics.optimal_transport_score` of all samples that it was given.
 
-    ``update`` takes a track, of which the first and the last layer count; where they have two widths, the last is turned onto the first as
-    :func:`~lit_rebasin.metrics.same_space` does. The clouds are kept as a whole, for the optimal plan is one of all of them: a thousand samples
-    take a second.
+    ``update`` takes a track of at least two layers, ``(B, width)`` each, of which the first and the last count; where they have two widths,
+    the last is turned onto the first as :func:`~lit_rebasin.metrics.same_space` does. The clouds are kept as a whole, for the optimal plan is
+    one of all of them: a thousand samples take a second.
+
+    Raises:
+        TypeError: If a track is no list of tensors of real numbers.
+        ValueError: If there are fewer than two layers, they are not ``(B, width)``, the first or the last holds NaN or infinity, or has another
+            width than in an earlier update.
 
     Example::
 
@@ -139,9 +157,14 @@ class OptimalTransportScore(Metric):
     @override
     def update(self, track: Sequence[Tensor]) -> None:
         """Take in where some samples begin and end."""
-        track = _checked(track)
-        self.start.append(track[0].detach())
-        self.end.append(track[-1].detach())
+        layers = _checked(track)
+        if len(layers) < 2:
+            raise ValueError(f"A track needs at least two layers, a first and a last, got {len(layers)}.")
+        for place, points, kept in ((0, layers[0], self.start), (len(layers) - 1, layers[-1], self.end)):
+            check_points(f"track[{place}]", points)
+            _check_widths(f"track[{place}]", [*kept, points])
+        self.start.append(layers[0].detach())
+        self.end.append(layers[-1].detach())
 
     @override
     def compute(self) -> Tensor:
@@ -161,19 +184,28 @@ class OptimalTransportScore(Metric):
     def _both(self) -> tuple[Tensor, Tensor]:
         if not len(self.start):
             return torch.tensor(nan, dtype=torch.float64), torch.tensor(nan, dtype=torch.float64)
-        start, end = same_space([dim_zero_cat(points) for points in (self.start, self.end)])
+        for name, kept in (("The first layer", self.start), ("The last layer", self.end)):
+            _check_widths(name, kept)  # of updates by forward, which do not see each other
+        start, end = same_space([dim_zero_cat(points).double() for points in (self.start, self.end)])
         score, matched = optimal_transport_score(start, end)
         return torch.tensor(score, dtype=torch.float64), torch.tensor(matched, dtype=torch.float64)
 
 
 def _checked(track: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(track, Tensor | Mapping | str) or not isinstance(track, Iterable):
+        raise TypeError(f"track must be a list of tensors (B, width), one a layer, got a {type(track).__name__}.")
     points = list(track)
-    if len(points) < 3:
-        raise ValueError(f"A track needs at least three layers, for two points are on a line; got {len(points)}.")
     for index, layer in enumerate(points):
+        check_tensor(f"track[{index}]", layer)
         if layer.ndim != 2 or len(layer) != len(points[0]) or not len(layer):
             raise ValueError(
                 f"Every layer of a track must be (B, width) with one B of at least 1, got {tuple(layer.shape)} in place {index} beside "
                 f"{tuple(points[0].shape)} in place 0."
             )
     return points
+
+
+def _check_widths(name: str, parts: Iterable[Tensor]) -> None:
+    widths = list(dict.fromkeys(points.shape[-1] for points in parts))
+    if len(widths) > 1:
+        raise ValueError(f"{name} must have one width in all updates, got {widths[1]} after {widths[0]}.")

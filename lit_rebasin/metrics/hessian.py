@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_rebasin.transport.arguments import check_function
+
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 
 
@@ -26,11 +28,12 @@ class HessianProducts:
         device: Of vectors: that of the first weights.
 
     Raises:
-        TypeError: If the weights are no mapping of tensors of floating point, or the loss is no tensor.
+        TypeError: If the loss is no function or gives no tensor, or the weights are no mapping of tensors of floating point.
         ValueError: If there are no weights, or the loss is not one number, is NaN or infinite, or does not depend on the weights.
     """
 
     def __init__(self, loss: Loss, weights: Mapping[str, Tensor]) -> None:
+        check_function("loss", loss, "weights by name")
         self.dtype = _check(weights)
         with twice_differentiable():
             leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in weights.items()}

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from lit_rebasin.metrics.figures import COLORS, MARKERS
+from lit_rebasin.metrics.figures import COLORS, MARKERS, check_drawn
 from lit_rebasin.metrics.path_figure import STYLES
+from lit_rebasin.transport.arguments import check_tensor
 
 _COLUMNS = 5  # small multiples in a row
 
@@ -46,7 +47,15 @@ def paths_figure(merges: Mapping[int, MergePaths]) -> Figure:
 
     Args:
         merges: By the task that was merged in.
+
+    Raises:
+        TypeError: If these are no :class:`MergePaths` by task.
+        ValueError: If there are none.
     """
+    check_drawn("merges", merges)
+    for task, paths in merges.items():
+        if not isinstance(paths, MergePaths):
+            raise TypeError(f"merges[{task!r}] must be MergePaths, got a {type(paths).__name__}.")
     n_columns = min(_COLUMNS, len(merges))
     n_rows = ceil(len(merges) / n_columns)
     figure = Figure(figsize=(max(5.0, 2.15 * n_columns + 0.4), 1.75 * n_rows + 0.85), layout="constrained")
@@ -80,7 +89,14 @@ def displacement_figure(shares: Mapping[int, Mapping[str, float]]) -> Figure:
 
     Args:
         shares: By the task that was merged in, and by the name of the group.
+
+    Raises:
+        TypeError: If these are no shares by task and group.
+        ValueError: If there are none, or a task has none.
     """
+    check_drawn("shares", shares)
+    for task, by_group in shares.items():
+        check_drawn(f"shares[{task!r}]", by_group)
     tasks = sorted(shares)
     groups = list(dict.fromkeys(name for task in tasks for name in shares[task]))
     values = torch.tensor([[shares[task].get(name, nan) for task in tasks] for name in groups])
@@ -109,7 +125,16 @@ def alpha_figure(alphas: Mapping[str, Mapping[int, Tensor]]) -> Figure:
 
     Args:
         alphas: By method, and by the task that was merged in: ``(seeds,)``.
+
+    Raises:
+        TypeError: If these are no tensors by method and task.
+        ValueError: If there are none, or a method has none.
     """
+    check_drawn("alphas", alphas)
+    for method, by_task in alphas.items():
+        check_drawn(f"alphas[{method!r}]", by_task)
+        for task, values in by_task.items():
+            check_tensor(f"alphas[{method!r}][{task!r}]", values)
     figure = Figure(figsize=(4.9, 2.6), layout="constrained")
     axes = figure.subplots()
     for index, (method, by_task) in enumerate(alphas.items()):

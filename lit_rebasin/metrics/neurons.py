@@ -7,9 +7,11 @@ from math import inf, log10
 import torch
 from torch import Tensor, nn
 
-from lit_rebasin.alignment import check_same_architecture
+from lit_rebasin.alignment import check_same_architecture, check_weights
+from lit_rebasin.merging.data import check_module
 from lit_rebasin.metrics.tracks import WEIGHTED
 from lit_rebasin.transport import energy_distance, wasserstein_distance
+from lit_rebasin.transport.arguments import check_number, check_points, check_tensor
 
 _WIDEST = 4096
 
@@ -39,28 +41,38 @@ def layer_neurons(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
 
     Returns:
         By the name of a layer ``(neurons, inputs)``, or ``(neurons, inputs + 1)`` where it has a bias.
+
+    Raises:
+        TypeError: If the module is none, or the weights are no mapping of tensors.
+        ValueError: If the weights of a layer have another shape than in the module.
     """
+    check_module("module", module)
+    check_weights("weights", weights)
     found = {}
     for name, layer in module.named_modules():
-        parts = [f"{name}.{own}".lstrip(".") for own in ("weight", "bias")]
-        if isinstance(layer, WEIGHTED) and parts[0] in weights:
-            columns = [weights[part].detach().reshape(len(layer.weight), -1) for part in parts if part in weights]
-            found[name] = torch.cat(columns, dim=1)
+        weight, bias = (f"{name}.{own}".lstrip(".") for own in ("weight", "bias"))
+        if isinstance(layer, WEIGHTED) and weight in weights:
+            held = {weight: layer.weight} | ({bias: layer.bias} if layer.bias is not None and bias in weights else {})
+            given = {part: weights[part].detach() for part in held}
+            check_same_architecture(given, held, ("weights", "module"))
+            found[name] = torch.cat([tensor.reshape(len(tensor), -1) for tensor in given.values()], dim=1)
     return found
 
 
 def effective_dimension(points: Tensor) -> float:
     """Return ``tr(S)^2 / tr(S^2)`` of the covariance S of some points: how many directions they fill evenly.
 
-    From 1, for points on a line, to the number of coordinates. Ferbach et al. (AISTATS 2024, section 6) predict that networks whose neurons
-    fill few dimensions are joined at smaller widths.
+    From 1, for points on a line, to the number of coordinates; 0 where all points are one, and NaN where a coordinate is NaN. Ferbach et al.
+    (AISTATS 2024, section 6) predict that networks whose neurons fill few dimensions are joined at smaller widths.
 
     Args:
         points: ``(n, d)``, at least two.
 
     Raises:
-        ValueError: If these are not points.
+        TypeError: If the points are no tensor of real numbers.
+        ValueError: If there are not two of them, or they are not ``(n, d)``.
     """
+    check_tensor("points", points)
     if points.ndim != 2 or len(points) < 2:
         raise ValueError(f"points must be (n, d) with at least two of them, got shape {tuple(points.shape)}.")
     centred = points.detach().double()
@@ -88,15 +100,22 @@ def neuron_distances(
         By layer; those of more than 4,096 neurons, whose exact pairing would take minutes, are left out.
 
     Raises:
-        ValueError: If the two networks differ in names or shapes, or the module has no linear layer or convolution whose weights they have.
+        TypeError: If the module is none, or one of the networks is no mapping of tensors.
+        ValueError: If the two networks differ in names or shapes, a weight is NaN or infinite, or the module has no linear layer or convolution
+            whose weights they have.
     """
-    check_same_architecture(weights, reference)
+    for argument, network in (("weights", weights), ("reference", reference)):
+        check_weights(argument, network)
+    check_same_architecture(weights, reference, ("network in weights", "reference"))
     theirs = layer_neurons(module, reference)
     ours = {name: points for name, points in layer_neurons(module, weights).items() if len(points) <= _WIDEST}
     if not theirs:
         raise ValueError(
             "No linear layer or convolution of the module has its weights among those given, by their names."
         )
+    for argument, layers in (("weights", ours), ("reference", theirs)):
+        for name, points in layers.items():
+            check_points(f"{argument}: layer {name!r}", points)
     return {
         name: NeuronDistance(
             wasserstein_distance(points, theirs[name])[0],
@@ -120,8 +139,11 @@ def width_bound(dimension: float, error: float) -> float:
         error: What the outputs on the path may be off by, in the scale of the outputs; below 1.
 
     Raises:
+        TypeError: If one of the two is no number.
         ValueError: If the error is not between 0 and 1, or the dimension is negative.
     """
+    check_number("dimension", dimension)
+    check_number("error", error)
     if not 0 < error < 1:
         raise ValueError(f"error must lie between 0 and 1, got {error}.")
     if not 0 <= dimension < inf:

@@ -20,12 +20,24 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
     Args:
         plane: What :func:`~lit_rebasin.merging.loss_plane` measured.
         names: What the three networks are called.
+
+    Raises:
+        TypeError: If the plane is none, or the names are no list.
+        ValueError: If there are not three names.
     """
+    if not isinstance(plane, PlaneLosses):
+        raise TypeError(f"plane must be what loss_plane gives, PlaneLosses, got a {type(plane).__name__}.")
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names must be a list of three, one a network, got a {type(names).__name__}.")
+    if len(names) != 3:
+        raise ValueError(f"names must be three, one for each network, got {len(names)}.")
     losses = plane.losses.double().numpy()
     finite = losses[np.isfinite(losses)]
     figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    if len(finite) and finite.max() - finite.min() > 1e-6 * abs(finite).max():  # else there is nothing to draw
+    if not len(finite):
+        axes.set_title("no loss of this plane is finite", fontsize=9)
+    elif finite.max() - finite.min() > 1e-6 * abs(finite).max():  # else there is nothing to draw
         low, high = float(finite.min()), float(finite.max())
         logarithmic = low > 0  # the corners are far higher than the valleys
         levels = np.geomspace(low, high, 16) if logarithmic else np.linspace(low, high, 16)
@@ -44,6 +56,7 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
             {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
         )
     axes.set(xlabel="distance of the weights along the first two", ylabel="across, towards the third")
+    axes.set(xlim=(float(plane.x[0]), float(plane.x[-1])), ylim=(float(plane.y[0]), float(plane.y[-1])))
     axes.set_aspect("equal")
     return figure
 

@@ -12,10 +12,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
-from lit_rebasin.merging.data import arguments_of, hooks, to_device
+from lit_rebasin.merging.data import arguments_of, check_module, hooks, kind, saying, to_device
 from lit_rebasin.metrics.hessian import checked_loss
 from lit_rebasin.metrics.residual import LAYERS, Layout, layout
 from lit_rebasin.symmetry.keep import use_batch_statistics
+from lit_rebasin.transport.arguments import check_function, check_number
 
 _FIRST_MOVE = 1e-3  # of the weights that move most, relative, in the first trial step
 _CORRECTIONS = 20
@@ -74,9 +75,10 @@ def suggest_scales(
         ``nn.MultiheadAttention``, is not measured: it is scaled only as the end of a branch. Nor is one whose output is all zeros.
 
     Raises:
-        TypeError: If the batch is no pair of inputs and target, or the loss no tensor.
-        ValueError: If there are fewer than two layers, ``torch.export`` cannot follow the network, the loss is not one number, is NaN or
-            infinite or has no gradient in some layer, or no step brings about the change.
+        TypeError: If the network is no module, the batch no pair of inputs and target, the loss no function or its result no tensor, or
+            ``change`` no number.
+        ValueError: If there are fewer than two layers, the batch does not fit the network or the loss, ``torch.export`` cannot follow the
+            network, the loss is not one number, is NaN or infinite or has no gradient in some layer, or no step brings about the change.
 
     Example::
 
@@ -84,15 +86,19 @@ def suggest_scales(
             for parameter in model.get_submodule(scale.name).parameters(recurse=False):
                 parameter.data.mul_(scale.weight_scale)
     """
+    check_module("model", model)
+    check_function("loss", loss, "output and target")
+    check_number("change", change)
     if not (change > 0 and math.isfinite(change)):
         raise ValueError(f"change must be a share above 0, such as 0.01, got {change}.")
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair of inputs and target, got a {type(batch).__name__}.")
+        raise TypeError(f"batch must be a pair of inputs and target, got {kind(batch)}.")
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.is_cuda})
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
         # Tensors of inference mode cannot be differentiated through.
         inputs, target = pytree.tree_map_only(Tensor, torch.clone, to_device(tuple(batch), model))
         args = arguments_of(inputs)
+        _check_fit(model, args, loss, target)
         trial = copy.deepcopy(model).eval()
         found = layout(trial, args)
         names = [name for name in found.names if _parameters(trial, name)]
@@ -107,6 +113,15 @@ def suggest_scales(
         gradients = _gradients(trial, names, lambda: loss(trial(*args), target))
         rates = _balanced_rates(trial, args, gradients, layers[-1], change)
     return [LayerScale(name, factors[name], rates[name], name in found.ends) for name in names]
+
+
+def _check_fit(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any, Any], Tensor], target: Any) -> None:
+    """Run a copy of a network for its loss, so that a batch which does not fit is not blamed on the graph or on a layer."""
+    with torch.no_grad():
+        with saying(f"{type(model).__name__} cannot be run on the inputs of the batch"):
+            output = copy.deepcopy(model).eval()(*args)
+        with saying("loss cannot be computed of the network's output and the target"):
+            loss(output, target)
 
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

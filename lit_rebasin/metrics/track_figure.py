@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lit_rebasin.metrics.figures import check_drawn
+from lit_rebasin.transport.arguments import check_points
+
 # More lines than these hide each other.
 _SAMPLES = 60
 # Letters that a title has room for.
@@ -20,7 +23,14 @@ def tracks_figure(tracks: Mapping[str, Sequence[Tensor]], ends: Mapping[str, str
     Args:
         tracks: By the name of the first layer, points ``(B, width)`` of one width.
         ends: By the same name, that of the last layer, where it is to be said.
+
+    Raises:
+        TypeError: If these are no lists of tensors of real numbers by name.
+        ValueError: If there are none, or the points of a track are not all ``(B, width)``, or one is NaN or infinite.
     """
+    check_drawn("tracks", tracks)
+    for name, track in tracks.items():
+        _check_track(f"tracks[{name!r}]", track)
     columns = 2 if len(tracks) == 4 else min(3, len(tracks))
     rows = -(-len(tracks) // columns)
     figure = Figure(figsize=(3.9 * columns + 0.6, 3.6 * rows), layout="constrained")
@@ -44,6 +54,18 @@ def tracks_figure(tracks: Mapping[str, Sequence[Tensor]], ends: Mapping[str, str
     if last is not None:
         figure.colorbar(last, ax=list(panels), label="step", shrink=0.85, ticks=MaxNLocator(integer=True))
     return figure
+
+
+def _check_track(name: str, track: Sequence[Tensor]) -> None:
+    if not isinstance(track, Sequence):
+        raise TypeError(f"{name} must be a list of tensors (B, width), one a layer, got a {type(track).__name__}.")
+    for layer, points in enumerate(track):
+        check_points(f"{name}[{layer}]", points)
+    shapes = list(dict.fromkeys(tuple(points.shape) for points in track))
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{name} must have points of one shape in all layers, got {shapes}: same_space brings them to one width."
+        )
 
 
 def _title(first: str, last: str | None, steps: int) -> str:

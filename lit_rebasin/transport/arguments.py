@@ -1,7 +1,9 @@
 """What the callers of a solver give, as tensors of one shape and type."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,6 +82,50 @@ def check_positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not number > 0:
             raise ValueError(f"{name} must be above 0, got {number!r}.")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise a TypeError unless an argument is a number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got a {type(value).__name__}.")
+
+
+def check_seed(seed: object) -> None:
+    """Raise an error unless torch takes a seed: a TypeError if it is no whole number, a ValueError if it has more than 64 bits."""
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a whole number, got a {type(seed).__name__}.")
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must be a whole number of 64 bits, got {seed}.")
+
+
+def check_function(name: str, value: object, of: str) -> None:
+    """Raise a TypeError unless an argument is a function; ``of`` says of what."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function of {of}, got a {type(value).__name__}.")
+
+
+def check_tensor(name: str, value: object, *, floating: bool = False) -> None:
+    """Raise a TypeError unless an argument is a tensor of real numbers, or of floating point alone."""
+    wanted = f"{name} must be a tensor of {'floating point' if floating else 'real numbers'}"
+    if not isinstance(value, Tensor):
+        advice = ": torch.from_numpy makes it one" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{wanted}, got {type(value).__name__}{advice}.")
+    if value.is_complex() or (floating and not value.is_floating_point()):
+        raise TypeError(f"{wanted}, got {value.dtype}.")
+
+
+def check_points(name: str, points: Tensor) -> None:
+    """Raise an error unless an argument is a cloud of points ``(n, d)``.
+
+    Raises:
+        TypeError: If it is no tensor of real numbers.
+        ValueError: If it has another shape or no points, or one is NaN or infinite.
+    """
+    check_tensor(name, points)
+    if points.ndim != 2 or len(points) == 0:
+        raise ValueError(f"{name} must hold one point a row, (n, d), got shape {tuple(points.shape)}.")
+    if not points.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity.")
 
 
 def fill_masses(a: Tensor | None, b: Tensor | None, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lit_rebasin.transport.arguments import check_number, check_points
+
 
 def wasserstein_distance(x: Tensor, y: Tensor) -> tuple[float, Tensor]:
     """Return the Wasserstein distance of order 2 between two clouds of equal masses, and the plan that attains it.
@@ -60,9 +62,10 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0) -> float:
         exponent: r, between 0 and 2, both not included.
 
     Raises:
-        TypeError: If the points are no tensors of real numbers.
+        TypeError: If the points are no tensors of real numbers, or the exponent is no number.
         ValueError: If the shapes do not fit, a point is NaN or infinite, or the exponent is out of range.
     """
+    check_number("exponent", exponent)
     if not 0 < exponent < 2:
         raise ValueError(f"exponent must lie between 0 and 2, got {exponent}.")
     first, second = _points(x, y)
@@ -77,13 +80,7 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0) -> float:
 def _points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return both clouds in float64 on the CPU."""
     for name, points in (("x", x), ("y", y)):
-        if not isinstance(points, Tensor) or points.is_complex():
-            kind = points.dtype if isinstance(points, Tensor) else type(points).__name__
-            raise TypeError(f"{name} must be a tensor of real numbers, got {kind}.")
-        if points.ndim != 2 or len(points) == 0:
-            raise ValueError(f"{name} must hold one point a row, (n, d), got shape {tuple(points.shape)}.")
-        if not points.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity.")
+        check_points(name, points)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must be points of one space, got {x.shape[1]} and {y.shape[1]} coordinates.")
     return x.detach().cpu().double(), y.detach().cpu().double()

@@ -73,3 +73,8 @@ def test_dropout_is_off_while_it_is_measured(tmp_path):
     trace = hessian_trace(loss, weights, 4, seed=0)
     assert monitor.history[-1]["sharpness/trace"] == pytest.approx(trace.mean, rel=1e-3)
     assert monitor.history[-1]["sharpness/trace_error"] == pytest.approx(trace.standard_error, rel=1e-2)
+
+
+def test_a_seed_that_is_no_number_is_refused_before_the_fit():
+    with pytest.raises(TypeError, match="seed must be a whole number, got a str"):
+        SharpnessMonitor(seed="x")

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lit_rebasin.merging import PlaneLosses, loss_plane
 from lit_rebasin.metrics import plane_figure
@@ -65,14 +67,32 @@ def test_what_is_not_finite_is_the_first_networks():
 
 
 def test_arguments_that_do_not_fit():
-    with pytest.raises(ValueError, match="points must be at least 2"):
-        loss_plane(*[weights(k) for k in range(3)], lambda one: 0.0, points=1)
-    with pytest.raises(ValueError, match=r"margin must be at least 0, got -0\.1"):
-        loss_plane(*[weights(k) for k in range(3)], lambda one: 0.0, margin=-0.1)
-    with pytest.raises(ValueError, match=r"loss must return one number, such as a mean, got shape \(3,\)"):
-        loss_plane(*[weights(k) for k in range(3)], lambda one: torch.ones(3))
-    with pytest.raises(ValueError, match="b"):
+    with pytest.raises(ValueError, match="The first network has a tensor 'b' that the third network lacks"):
         loss_plane(weights(0), weights(1), {"a": weights(2)["a"]}, lambda one: 0.0)
+    with pytest.raises(ValueError, match="The third network holds NaN or infinity in 'a'"):
+        loss_plane(weights(0), weights(1), {**weights(2), "a": weights(2)["a"] * float("nan")}, lambda one: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"points": 1}, ValueError, "points must be a whole number of at least 2, got 1"),
+        ({"points": 2.5}, ValueError, "points must be a whole number of at least 2, got 2.5"),
+        ({"margin": -0.1}, ValueError, r"margin must be at least 0 and finite, got -0\.1"),
+        ({"margin": float("inf")}, ValueError, "margin must be at least 0 and finite, got inf"),
+        ({"margin": "wide"}, TypeError, "margin must be a number, got a str"),
+        ({"loss": None}, TypeError, "loss must be a function of weights by name, got a NoneType"),
+        ({"loss": lambda one: torch.ones(3)}, ValueError, r"loss must return one number, .* got shape \(3,\)"),
+        ({"loss": lambda one: None}, TypeError, "loss must return a number, or a tensor of one, got a NoneType"),
+        ({"first": nn.Linear(2, 3)}, TypeError, r"first must be tensors by name, .*state_dict\(\), got a Linear"),
+        ({"third": None}, TypeError, "third must be tensors by name, .* got a NoneType"),
+        ({"second": {"a": np.zeros(3)}}, TypeError, "second must be tensors by name, got a ndarray for 'a'"),
+    ],
+)
+def test_arguments_of_another_type_or_size(change, error, message):
+    networks = dict(zip(("first", "second", "third"), (weights(k) for k in range(3)), strict=True))
+    with pytest.raises(error, match=message):
+        loss_plane(**({**networks, "loss": lambda one: 0.0} | change))
 
 
 @pytest.mark.parametrize(
@@ -130,3 +150,31 @@ def test_the_picture_marks_the_three():
     assert len(plane_figure(broken, ("a", "b", "c")).axes) == 2  # losses below 0 and NaN are drawn around
     flat_plane = loss_plane(*[weights(k) for k in range(3)], lambda one: 1.0, points=3)
     assert len(plane_figure(flat_plane, ("a", "b", "c")).axes) == 1  # nothing to colour, and no error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_plane_without_a_finite_loss_says_so(value):
+    plane = loss_plane(*[weights(k) for k in range(3)], lambda one: value, points=3)
+    figure = plane_figure(plane, ("a", "b", "c"))
+    figure.draw_without_rendering()
+    assert [axes.get_title() for axes in figure.axes] == ["no loss of this plane is finite"]
+    assert figure.axes[0].get_xlim() == (plane.x[0], plane.x[-1])  # and leaves room for the names
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (("a", "b"), ValueError, "names must be three, one for each network, got 2"),
+        ("abc", TypeError, "names must be a list of three, one a network, got a str"),
+        (None, TypeError, "names must be a list of three, one a network, got a NoneType"),
+    ],
+)
+def test_three_networks_have_three_names(names, error, message):
+    plane = loss_plane(*[weights(k) for k in range(3)], lambda one: 1.0, points=3)
+    with pytest.raises(error, match=message):
+        plane_figure(plane, names)
+
+
+def test_what_is_no_plane():
+    with pytest.raises(TypeError, match="plane must be what loss_plane gives, PlaneLosses, got a Tensor"):
+        plane_figure(torch.zeros(3, 3), ("a", "b", "c"))

@@ -37,9 +37,16 @@ def test_the_barrier_is_of_the_mean_loss_and_not_the_mean_of_barriers():
 
 
 def test_what_does_not_fit():
-    with pytest.raises(ValueError, match="points must be at least 3"):
+    with pytest.raises(ValueError, match="points must be a whole number of at least 3, got 2"):
         Barrier(points=2)
     with pytest.raises(ValueError, match=r"one a point, \(3,\), got shape \(4,\)"):
         Barrier(points=3).update(torch.zeros(4))
-    with pytest.raises(ValueError, match="examples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="examples must be a whole number of at least 1, got 0"):
         Barrier(points=3).update(torch.zeros(3), 0)
+
+
+def test_what_is_of_another_type():
+    with pytest.raises(ValueError, match=r"points must be a whole number of at least 3, got 4\.5"):
+        Barrier(points=4.5)
+    with pytest.raises(TypeError, match="losses must be a tensor of real numbers, got list"):
+        Barrier(points=3).update([0.0, 1.0, 0.0])

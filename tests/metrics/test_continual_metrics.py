@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets
@@ -102,11 +103,17 @@ def test_plots():
         ((torch.zeros(3), torch.zeros(2), 0, 0), r"\(3,\) and \(2,\)"),
         ((torch.zeros(2), torch.zeros(2), 0, 2), "trained must be a task index below n_tasks=2"),
         ((torch.zeros(2), torch.zeros(2), 2, 0), r"task must lie in 0 ... 1, got 2 ... 2"),
+        ((torch.zeros(2), torch.zeros(2), torch.zeros(3).long(), 0), r"one an example, \(2,\), got shape \(3,\)"),
+        ((np.zeros(2), torch.zeros(2), 0, 0), "preds must be a tensor of real numbers, got ndarray: torch.from_numpy"),
+        ((torch.zeros(2), None, 0, 0), "target must be a tensor of real numbers, got NoneType"),
+        ((torch.zeros(2), torch.zeros(2), torch.zeros(2), 0), "task must be .*in whole numbers, got torch.float32"),
+        ((torch.zeros(2), torch.zeros(2), "first", 0), "task must be a task index, or one an example, got a str"),
+        ((torch.zeros(2), torch.zeros(2), 0, None), "trained must be a task index, a whole number, got a NoneType"),
     ],
 )
 def test_errors(arguments, message):
     metric = ContinualAccuracy(2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         metric.update(*arguments)
     assert metric.total.sum() == 0
 

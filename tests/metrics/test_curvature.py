@@ -249,6 +249,10 @@ def test_attention_and_inference_mode():
         ({"count": 4}, ValueError, "at most the number of weights, 3, got 4"),
         ({"count": 2, "steps": 1}, ValueError, "steps must be a whole number of at least count=2"),
         ({"tolerance": float("nan")}, ValueError, "tolerance must be at least 0"),
+        ({"tolerance": "small"}, TypeError, "tolerance must be a number, got a str"),
+        ({"seed": "a"}, TypeError, "seed must be a whole number, got a str"),
+        ({"seed": 2**64}, ValueError, "seed must be a whole number of 64 bits, got 18446744073709551616"),
+        ({"loss": 3}, TypeError, "loss must be a function of weights by name, got a int"),
         ({"weights": {}}, ValueError, "holds no numbers"),
         ({"weights": [torch.ones(3)]}, TypeError, "weights must be tensors by name, .* got a list"),
         ({"weights": {"w": torch.ones(3).long()}}, TypeError, r"torch.int64 for 'w': leave it out"),
@@ -274,6 +278,13 @@ def test_samples_must_be_two():
     for samples in (1, 2.5):
         with pytest.raises(ValueError, match=f"samples must be a whole number of at least 2, got {samples}"):
             hessian_trace(quadratic(torch.eye(3)), point(3, torch.float32), samples=samples)
+
+
+def test_a_trace_of_no_function_or_with_a_seed_that_is_no_number():
+    with pytest.raises(TypeError, match="loss must be a function of weights by name, got a int"):
+        hessian_trace(3, point(3))
+    with pytest.raises(TypeError, match="seed must be a whole number, got a str"):
+        hessian_trace(quadratic(torch.eye(3)), point(3), seed="a")
 
 
 def test_a_loss_by_name_is_none():
@@ -391,3 +402,35 @@ def test_the_metric_as_a_metric():
         Sharpness(steps=0)
     with pytest.raises(ValueError, match="samples"):
         Sharpness(samples=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"model": None}, TypeError, "model must be a torch.nn.Module, got a NoneType"),
+        (
+            {"inputs": torch.zeros(0, 5).double(), "target": torch.zeros(0).long()},
+            ValueError,
+            "target holds no example",
+        ),
+        ({"target": None}, TypeError, "target must have an entry for each example of the batch, got a NoneType"),
+        ({"target": torch.tensor(1)}, TypeError, "target must have .* got a Tensor of one number"),
+        (
+            {"target": torch.zeros(3).long()},
+            ValueError,
+            "loss cannot be computed of .* output and the target: ValueError: ",
+        ),
+        (
+            {"inputs": torch.zeros(12, 4).double()},
+            ValueError,
+            "Linear cannot be run on the inputs of the batch: Runtime",
+        ),
+        ({"inputs": np.zeros((12, 5))}, ValueError, "Linear cannot be run .* must be Tensor, not numpy.ndarray"),
+    ],
+)
+def test_what_an_update_cannot_measure(change, error, text):
+    inputs, target = data()
+    metric = Sharpness()
+    with pytest.raises(error, match=text):
+        metric.update(**({"model": nn.Linear(5, 3).double(), "inputs": inputs, "target": target} | change))
+    assert metric.examples == 0

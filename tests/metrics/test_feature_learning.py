@@ -111,8 +111,24 @@ def test_errors():
     metric = FeatureSpeed()
     with pytest.raises(ValueError, match=r"one shape, got before \(2, 3\), after \(2, 3\), gradient \(3, 2\)"):
         metric.update(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3, 2))
-    with pytest.raises(ValueError, match=r"after must be of floating point, got torch.int64"):
-        metric.update(torch.ones(2), torch.ones(2).long(), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (torch.ones(2).long(), "torch.int64"),
+        (torch.ones(2).cfloat(), "torch.complex64"),
+        (torch.ones(2).numpy(), "ndarray: torch.from_numpy makes it one"),
+        (None, "NoneType"),
+        ("after", "str"),
+    ],
+)
+def test_what_is_no_tensor_of_floating_point(wrong, got):
+    for place, name in enumerate(("before", "after", "gradient")):
+        given = [torch.ones(2)] * 3
+        given[place] = wrong
+        with pytest.raises(TypeError, match=f"{name} must be a tensor of floating point, got {got}"):
+            FeatureSpeed().update(*given)
 
 
 def test_the_picture_has_a_line_a_layer_over_the_epochs_and_one_where_a_task_begins():

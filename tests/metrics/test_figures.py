@@ -1,10 +1,13 @@
 import io
 
+import numpy as np
+import pytest
 import torch
 
 from lit_rebasin.metrics import (
     MergePaths,
     accuracy_matrices_figure,
+    accuracy_matrix_figure,
     accuracy_over_tasks_figure,
     alpha_figure,
     displacement_figure,
@@ -122,3 +125,74 @@ def test_alpha_is_the_mean_over_the_seeds_that_merged():
     )
     torch.testing.assert_close(torch.tensor(line.get_ydata(), dtype=torch.float32), torch.tensor([0.3, 0.5]))
     assert list(line.get_xdata()) == [1, 2]
+
+
+EYE, LINE = torch.eye(2), torch.linspace(0, 1, 5)
+
+
+@pytest.mark.parametrize(
+    "figure", [accuracy_matrices_figure, accuracy_over_tasks_figure, paths_figure, displacement_figure, alpha_figure]
+)
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, ValueError, "is empty, so there is nothing to draw"),
+        (None, TypeError, "must be a mapping of what is drawn, got a NoneType"),
+        (EYE, TypeError, "must be a mapping of what is drawn, got a Tensor"),
+        ("abc", TypeError, "must be a mapping of what is drawn, got a str"),
+    ],
+)
+def test_what_holds_nothing_to_draw(figure, given, error, message):
+    with pytest.raises(error, match=message):
+        figure(given)
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: accuracy_matrix_figure(np.eye(2)), TypeError, "matrix must be a tensor of real numbers, got ndarray"),
+        (
+            lambda: accuracy_matrix_figure(torch.ones(2, 3)),
+            ValueError,
+            r"matrix must be .* square .* got shape \(2, 3\)",
+        ),
+        (lambda: accuracy_matrices_figure({"ours": None}), TypeError, r"matrices\['ours'\] must be a tensor"),
+        (
+            lambda: accuracy_matrices_figure({"ours": EYE}, 0),
+            ValueError,
+            "columns must be a whole number of at least 1",
+        ),
+        (
+            lambda: accuracy_over_tasks_figure({"ours": EYE}),
+            TypeError,
+            r"matrices\['ours'\] must be a list .* got a Tensor",
+        ),
+        (lambda: accuracy_over_tasks_figure({"ours": [EYE, None]}), TypeError, r"\['ours'\]\[1\] must be a tensor"),
+        (lambda: accuracy_over_tasks_figure({"ours": []}), ValueError, "must hold at least one accuracy matrix"),
+        (lambda: accuracy_over_tasks_figure({"ours": [EYE, torch.eye(3)]}), ValueError, "all of as many tasks"),
+        (lambda: paths_figure({1: LINE}), TypeError, r"merges\[1\] must be MergePaths, got a Tensor"),
+        (lambda: displacement_figure({1: {}}), ValueError, r"shares\[1\] is empty"),
+        (lambda: alpha_figure({"ours": {}}), ValueError, r"alphas\['ours'\] is empty"),
+        (lambda: alpha_figure({"ours": {1: 0.5}}), TypeError, r"alphas\['ours'\]\[1\] must be a tensor .* got float"),
+        (lambda: path_figure(LINE, LINE.numpy(), LINE, None, 1), TypeError, "before must be a tensor .* got ndarray"),
+        (
+            lambda: path_figure(LINE, LINE, LINE[1:], None, 1),
+            ValueError,
+            r"after must be \(points,\), as many as alphas",
+        ),
+        (lambda: path_figure(LINE, LINE, LINE, "half", 1), TypeError, "alpha must be a number, got a str"),
+        (
+            lambda: path_figure(LINE, LINE, LINE, 0.5, 1, accuracies=(LINE,)),
+            ValueError,
+            "accuracies must be those without alignment and those with it, got 1",
+        ),
+        (
+            lambda: path_figure(LINE, LINE, LINE, 0.5, 1, accuracies=(LINE, None)),
+            TypeError,
+            r"accuracies\[1\] must be a tensor of real numbers, got NoneType",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()

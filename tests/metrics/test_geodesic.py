@@ -2,6 +2,7 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -305,17 +306,86 @@ def test_named_layers():
 @pytest.mark.parametrize(
     ("track", "message"),
     [
-        ([torch.zeros(2, 2)] * 2, "at least three layers"),
+        ([torch.zeros(2, 2)], "at least t(hree|wo) layers"),
         ([torch.zeros(2, 2)] * 2 + [torch.zeros(3, 2)], "in place 2"),
         ([torch.zeros(0, 2)] * 3, "one B of at least 1"),
+        ([torch.zeros(2)] * 3, r"must be \(B, width\) .* got \(2,\) in place 0"),
     ],
 )
 def test_tracks_that_do_not_fit(track, message):
     for metric in (LineShapeScore(), OptimalTransportScore()):
         with pytest.raises(ValueError, match=message):
             metric.update(track)
-    with pytest.raises(ValueError, match="one shape"):
-        optimal_transport_score(torch.zeros(2, 2), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("track", "message"),
+    [
+        (torch.zeros(3, 2, 2), "track must be a list of tensors .*, got a Tensor"),
+        (None, "track must be a list of tensors .*, got a NoneType"),
+        ("track", "track must be a list of tensors .*, got a str"),
+        ({"a": torch.zeros(2, 2)}, "track must be a list of tensors .*, got a dict"),
+        (
+            [torch.zeros(2, 2), np.zeros((2, 2)), torch.zeros(2, 2)],
+            r"track\[1\] must be .* got ndarray: torch.from_numpy",
+        ),
+        ([torch.zeros(2, 2), torch.zeros(2, 2), None], r"track\[2\] must be a tensor of real numbers, got NoneType"),
+        (["a", "b", "c"], r"track\[0\] must be a tensor of real numbers, got str"),
+        ([torch.zeros(2, 2).cfloat()] * 3, r"track\[0\] must be a tensor of real numbers, got torch.complex64"),
+    ],
+)
+def test_what_is_no_track(track, message):
+    for measure in (line_shape_scores, LineShapeScore().update, OptimalTransportScore().update):
+        with pytest.raises(TypeError, match=message):
+            measure(track)
+
+
+def test_tracks_of_half_precision_and_of_two_widths():
+    track = [cloud(6, 3).half(), cloud(6, 2, seed=1).half(), cloud(6, 3, seed=2).half()]
+    assert (line_shape_scores(track) >= 1).all()
+    metric = OptimalTransportScore()
+    metric.update(track[:2])
+    assert 0 < float(metric.compute()) <= 1
+
+
+def test_the_optimal_transport_score_takes_two_layers_and_the_line_shape_score_three():
+    metric = OptimalTransportScore()
+    metric.update([cloud(5, 2), cloud(5, 2, seed=1)])
+    assert float(metric.compute()) == pytest.approx(optimal_transport_score(cloud(5, 2), cloud(5, 2, seed=1))[0])
+    with pytest.raises(ValueError, match="at least three layers, for two points are on a line; got 2"):
+        line_shape_scores([cloud(5, 2), cloud(5, 2, seed=1)])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "error", "message"),
+    [
+        (torch.zeros(2, 2), torch.zeros(3, 2), ValueError, "one shape"),
+        (torch.zeros(2), torch.zeros(2), ValueError, r"start must hold one point a row, \(n, d\), got shape \(2,\)"),
+        (torch.zeros(2, 2), torch.full((2, 2), math.nan), ValueError, "end holds NaN or infinity"),
+        (torch.zeros(2, 2), np.zeros((2, 2)), TypeError, "end must be a tensor of real numbers, got ndarray"),
+        (None, torch.zeros(2, 2), TypeError, "start must be a tensor of real numbers, got NoneType"),
+    ],
+)
+def test_clouds_that_do_not_fit(start, end, error, message):
+    with pytest.raises(error, match=message):
+        optimal_transport_score(start, end)
+
+
+def test_updates_that_cannot_be_scored_together_are_refused_and_not_kept():
+    metric = OptimalTransportScore()
+    metric.update([cloud(5, 3), cloud(5, 3, seed=1)])
+    score = metric.compute()
+    with pytest.raises(ValueError, match=r"track\[0\] must have one width in all updates, got 2 after 3"):
+        metric.update([cloud(5, 2), cloud(5, 3)])
+    with pytest.raises(ValueError, match=r"track\[1\] must have one width in all updates, got 4 after 3"):
+        metric.update([cloud(5, 3), cloud(5, 4)])
+    with pytest.raises(ValueError, match=r"track\[1\] holds NaN or infinity"):
+        metric.update([cloud(5, 3), cloud(5, 3) * math.nan])
+    assert (len(metric.start), len(metric.end)) == (1, 1)
+    assert metric.compute() == score
+    metric([cloud(5, 4), cloud(5, 3)])  # forward begins with an empty state
+    with pytest.raises(ValueError, match="The first layer must have one width in all updates"):
+        metric.compute()
 
 
 def test_scores_of_nothing_are_nan():
@@ -367,3 +437,20 @@ def test_the_picture_names_the_last_layer_where_it_is_known():
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     long = "from net.blocks.0.first\nto net.blocks.11.second, 2 steps"
     assert titles == ["from a_$1 to c_$2, 2 steps", "from b, 2 steps", long]
+
+
+@pytest.mark.parametrize(
+    ("tracks", "error", "message"),
+    [
+        ({}, ValueError, "tracks is empty, so there is nothing to draw"),
+        ([torch.zeros(2, 2)] * 3, TypeError, "tracks must be a mapping of what is drawn, got a list"),
+        ({"a": None}, TypeError, r"tracks\['a'\] must be a list of tensors .*, got a NoneType"),
+        ({"a": []}, ValueError, r"tracks\['a'\] must have points of one shape in all layers, got \[\]"),
+        ({"a": [np.zeros((2, 2))] * 3}, TypeError, r"tracks\['a'\]\[0\] must be a tensor of real numbers, got ndarray"),
+        ({"a": [torch.zeros(2, 2), torch.zeros(2, 3)]}, ValueError, r"\[\(2, 2\), \(2, 3\)\]: same_space brings"),
+        ({"a": [torch.full((2, 2), math.nan)] * 3}, ValueError, r"tracks\['a'\]\[0\] holds NaN"),
+    ],
+)
+def test_tracks_that_cannot_be_drawn(tracks, error, message):
+    with pytest.raises(error, match=message):
+        tracks_figure(tracks)

@@ -93,6 +93,8 @@ def test_networks_that_do_not_fit_each_other():
     weights = dict(model.named_parameters())
     with pytest.raises(ValueError, match=r"4\.weight"):
         neuron_distances(model, weights, {**weights, "4.weight": torch.zeros(2, 16)})
+    with pytest.raises(ValueError, match=r"network in weights has a tensor '4\.weight' that the reference lacks"):
+        neuron_distances(model, weights, {name: one for name, one in weights.items() if name != "4.weight"})
     with pytest.raises(ValueError, match="No linear layer or convolution"):
         neuron_distances(nn.Tanh(), weights, weights)
 
@@ -105,3 +107,43 @@ def test_the_width_bound_is_a_power_of_the_error():
             width_bound(3, error)
     with pytest.raises(ValueError, match="dimension must be"):
         width_bound(-1, 0.1)
+
+
+@pytest.mark.parametrize("wrong", [np.ones((3, 2)), None, "points", [[1.0, 2.0]], torch.ones(3, 2).cfloat()])
+def test_points_that_are_no_tensor_of_real_numbers(wrong):
+    with pytest.raises(TypeError, match="points must be a tensor of real numbers, got "):
+        effective_dimension(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, "weights", nn.Linear(2, 3), torch.ones(3), np.ones(3)])
+def test_networks_that_are_no_tensors_by_name(wrong):
+    weights = nn.Linear(2, 3).state_dict()
+    for measure, argument in (
+        (lambda: layer_neurons(nn.Linear(2, 3), wrong), "weights"),
+        (lambda: neuron_distances(nn.Linear(2, 3), wrong, weights), "weights"),
+        (lambda: neuron_distances(nn.Linear(2, 3), weights, wrong), "reference"),
+    ):
+        with pytest.raises(TypeError, match=rf"{argument} must be tensors by name, such as .*state_dict\(\), got a "):
+            measure()
+
+
+def test_neurons_of_what_does_not_fit():
+    weights = nn.Linear(2, 3).state_dict()
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got a str"):
+        layer_neurons("Linear", weights)
+    with pytest.raises(TypeError, match="weights must be tensors by name, got a ndarray for 'weight'"):
+        layer_neurons(nn.Linear(2, 3), {**weights, "weight": np.ones((3, 2))})
+    with pytest.raises(ValueError, match=r"'weight' has shape \(3, 7\) in the weights and \(3, 2\) in the module"):
+        layer_neurons(nn.Linear(2, 3), {**weights, "weight": torch.ones(3, 7)})
+    with pytest.raises(ValueError, match="reference: layer '' holds NaN or infinity"):
+        neuron_distances(nn.Linear(2, 3), weights, {**weights, "bias": torch.full((3,), math.nan)})
+
+
+def test_the_width_bound_of_what_is_no_number():
+    for dimension, error, argument in (
+        ("two", 0.1, "dimension"),
+        (2, None, "error"),
+        (torch.ones(3), 0.1, "dimension"),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must be a number, got a "):
+            width_bound(dimension, error)

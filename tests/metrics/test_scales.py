@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -371,7 +372,25 @@ def infinite():
     ("make", "change", "error", "text"),
     [
         (deep, {"change": 0}, ValueError, "change must be a share above 0"),
+        (deep, {"change": "a"}, TypeError, "change must be a number, got a str"),
+        (lambda: None, {}, TypeError, "model must be a torch.nn.Module, got a NoneType"),
+        (deep, {"loss": "mse"}, TypeError, "loss must be a function of output and target, got a str"),
         (deep, {"batch": torch.ones(3, 20)}, TypeError, "pair of inputs and target, got a Tensor"),
+        (deep, {"batch": (torch.ones(3, 20),) * 3}, TypeError, "pair of inputs and target, got a tuple of 3"),
+        (
+            deep,
+            {"batch": (torch.ones(3, 7), torch.zeros(3).long())},
+            ValueError,
+            "Sequential cannot be run on the inputs of the batch: RuntimeError: .*shapes cannot be multiplied",
+        ),
+        (deep, {"batch": (np.ones((3, 20)), torch.zeros(3).long())}, ValueError, "cannot be run .* not numpy.ndarray"),
+        (
+            deep,
+            {"batch": (torch.ones(3, 20), None)},
+            ValueError,
+            "loss cannot be computed of .* output and the target: ",
+        ),
+        (deep, {"batch": (torch.ones(3, 20), torch.zeros(2).long())}, ValueError, "loss cannot be computed of .*"),
         (lambda: nn.Linear(20, 5), {}, ValueError, "Linear uses 1 linear or convolution layers"),
         (lambda: nn.ReLU(), {}, ValueError, "ReLU uses 0 linear"),
         (lambda: deep().requires_grad_(False), {}, ValueError, "uses 0 linear"),

@@ -96,6 +96,12 @@ def test_what_is_no_tensor_of_real_numbers(distance, x, kind):
         distance(x, torch.zeros(2, 1))
 
 
+@pytest.mark.parametrize("exponent", ["a", None, [1.0], torch.ones(2)])
+def test_an_exponent_that_is_no_number(exponent):
+    with pytest.raises(TypeError, match="exponent must be a number, got a "):
+        energy_distance(torch.zeros(2, 1), torch.zeros(2, 1), exponent=exponent)
+
+
 @pytest.mark.parametrize("exponent", [0.0, 2.0, -1.0, float("nan")])
 def test_an_exponent_out_of_range(exponent):
     with pytest.raises(ValueError, match="exponent must lie between 0 and 2"):
