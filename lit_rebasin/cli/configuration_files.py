@@ -17,7 +17,7 @@ def named_files(words: Sequence[str]) -> list[Path]:
     """Return the configuration files that a command names."""
     named = [
         after if word in ("-c", "--config") else word.partition("=")[2]
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in zip(words, [*words[1:], ""], strict=False)
         if word in ("-c", "--config") or word.startswith("--config=")
     ]
     return [Path(name) for name in named]

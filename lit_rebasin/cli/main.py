@@ -114,7 +114,7 @@ def _check_words(command: str, words: Sequence[str]) -> None:
         if hint:
             raise UsageError(f"{command} has no option {option}; {hint}")
         if option in ("-c", "--config") and not Path(value).is_file():
-            raise UsageError(f"there is no configuration file {value}")
+            raise UsageError(f"there is no configuration file {value}" if value else f"{option} needs a file")
 
 
 @contextmanager

@@ -37,39 +37,42 @@ def in_words(error: Exception, parser: ArgumentParser | None = None, beside: Seq
         beside: Options of the command that its parser does not know.
     """
     said: BaseException = error
-    while (
-        str(said).startswith("Does not validate") and said.__cause__ is not None
-    ):  # a class's words are below those of the parser
-        said = said.__cause__
-    return _digest(str(said), [] if parser is None else _keys(parser, beside))
+    while str(said).startswith("Does not validate") and said.__cause__ is not None:
+        said = said.__cause__  # the words of the class, below those of the parser
+    text = str(said)
+    known = [] if parser is None else [*beside, *_keys(parser)]
+    if parser is None and 'Parser key "' not in text:
+        return text
+    return _of_words(text, known) or _of_value(text, known) or " ".join(text.split())
 
 
-def _keys(parser: ArgumentParser, beside: Sequence[str]) -> list[str]:
-    defaults = parser.get_defaults()
-    return [*beside, *(key.replace(".init_args.", ".") for key in defaults.keys())]  # noqa: SIM118 - no mapping
+def _keys(parser: ArgumentParser) -> list[str]:
+    return [key.replace(".init_args.", ".") for key in parser.get_defaults().keys()]  # noqa: SIM118 - no mapping
 
 
-def _digest(text: str, known: list[str]) -> str:
+def _of_words(text: str, known: Sequence[str]) -> str:
+    """Return what is said of words that the parser does not know."""
     unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", text)
     if unknown:
         return f"there is no option {unknown[1]}{did_you_mean(unknown[1], [f'--{key}' for key in known])}"
+    extra = re.search(r"unrecognized arguments: (.+)", text)
+    return f"there is no use for {extra[1]!r}: every key begins with two dashes" if extra else ""
+
+
+def _of_value(text: str, known: Sequence[str]) -> str:
+    """Return what is said of a key or its value."""
     key = ".".join(re.findall(r'Parser key "(.+?)":', text))
     lines = list(dict.fromkeys(_lines(text)))
-    stated = [words for words in (_statement(line, key, known) for line in lines) if words]
+    stated = next(filter(None, (_statement(line, known) for line in lines)), "")
     if stated:
-        return _placed(stated[0], key)
+        return stated if not key or stated.startswith("there is no key") else f"{key}: {stated}"
     kinds = _kinds(lines)
-    value = next(
-        (found[1] for found in (re.search(r"(?:Given|Got) value: (.*)$", line) for line in lines) if found), ""
-    )
-    value = value or next(
-        (found[1] for found in (re.match(r".*import path string: (.*)$", line) for line in lines) if found), ""
-    )
     if not kinds:
-        return " ".join(text.split())
-    return (
-        f"{key} must be {_listed(kinds)}, got {value}{_of_another_module(value) if 'an import path' in kinds else ''}"
-    )
+        return ""
+    values = [re.search(r"(?:Given value|Got value|import path string): (.*)$", line) for line in lines]
+    value = next((found[1] for found in values if found), "")
+    listed = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+    return f"{key} must be {listed}, got {value}{_of_another_module(value) if 'an import path' in kinds else ''}"
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -82,7 +85,7 @@ def _lines(text: str) -> Iterator[str]:
             yield line
 
 
-def _statement(line: str, key: str, known: list[str]) -> str:
+def _statement(line: str, known: Sequence[str]) -> str:
     """Return what a line says that is no list of types."""
     refused = re.search(r"class_path '(.+?)': Option '(.+?)' is not accepted", line)
     if refused:
@@ -101,10 +104,6 @@ def _statement(line: str, key: str, known: list[str]) -> str:
     if line.startswith(("Expected ", "Parser key", "Given value", "Type ")):
         return ""
     return line
-
-
-def _placed(statement: str, key: str) -> str:
-    return statement if not key or statement.startswith("there is no key") else f"{key}: {statement}"
 
 
 def _arguments(path: str) -> Iterable[str]:
@@ -128,10 +127,6 @@ def _kinds(lines: Iterable[str]) -> list[str]:
         elif line.startswith("Expected a dot import path"):
             kinds.append("an import path")
     return sorted(dict.fromkeys(kinds), key="null".__eq__)
-
-
-def _listed(kinds: list[str]) -> str:
-    return " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
 
 
 def _of_another_module(name: str) -> str:

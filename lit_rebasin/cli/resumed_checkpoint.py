@@ -23,7 +23,8 @@ def check_checkpoint(run: Run, path: Path) -> None:
     try:
         held = read_torch(str(path))
     except CheckpointError as error:
-        raise UsageError(f"{error}; it is damaged, or no checkpoint of `lit-rebasin`: begin the run anew") from None
+        what = str(error).partition(";")[0]  # what follows is advice for weights alone
+        raise UsageError(f"{what}; go on from a whole checkpoint of the same run, or begin anew") from None
     try:
         run.record.load_state_dict(held["callbacks"][run.record.state_key])
         run.data.load_state_dict(held[type(run.data).__qualname__])

@@ -212,6 +212,17 @@ NAMES = [
         ["--model.backbone.hiden_size=3"],
         "SimpleMLP has no argument 'hiden_size'; did you mean 'hidden_size'",
     ),
+    _words("no words for fit", [], "model.backbone", ["fit"]),
+    _words("no words for benchmark", [], "model.backbone", ["benchmark"]),
+    _words("no words for sweep", [], "sweep needs what to vary", ["sweep"]),
+    _words("no words for align", [], "align needs the import path of a network", ["align"]),
+    _words("no words for report", [], "report needs the folder of a run", ["report"]),
+    _words(
+        "a word without dashes",
+        ["data.n_tasks=3"],
+        "there is no use for 'data.n_tasks=3': every key begins with two dashes",
+    ),
+    _words("--config without a file", ["--config"], "^--config needs a file$"),
     _words("no backbone", [], "model.backbone", ["fit", "--output_dir=out"]),
     _words(
         "an unknown optimizer",
