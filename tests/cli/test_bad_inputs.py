@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -42,6 +43,7 @@ def _stopped(*_):
 @pytest.fixture
 def place(folder, runs, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # as outside of pytest
     yield Place(folder, runs, monkeypatch)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
