@@ -8,7 +8,6 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -19,8 +18,10 @@ from torch import nn
 from typing_extensions import override
 
 from lit_rebasin.callbacks import RebasinMerge
+from lit_rebasin.cli.configuration_files import check_file, named_files
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS
+from lit_rebasin.cli.parser_errors import in_words
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
 
 PACKAGES = (
@@ -57,8 +58,10 @@ def _files_first(words: Sequence[str]) -> list[str]:
 class ContinualCLI(LightningCLI):
     """Parse the one YAML file that both commands read; nothing is instantiated until a method and a seed are chosen."""
 
-    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+    def __init__(self, command: str, arguments: Sequence[str], beside: Sequence[str] = ()) -> None:
         self.command, self.arguments = command, _files_first(arguments)
+        for file in named_files(self.arguments):
+            check_file(file)
         try:
             super().__init__(
                 ContinualClassifier,
@@ -77,7 +80,7 @@ class ContinualCLI(LightningCLI):
                 },
             )
         except (ArgumentError, TypeError) as error:
-            raise UsageError(str(error)) from None
+            raise UsageError(in_words(error, self.parser, beside)) from None
         except ValueError as error:  # all that is done beside parsing is to seed
             raise UsageError(f"seed_everything: {error}") from None
         self.config.per_method = json.loads(json.dumps(self.config.per_method, default=_as_written))
@@ -163,7 +166,19 @@ class ContinualCLI(LightningCLI):
             try:
                 parser.instantiate_classes(parser.parse_object({"replay_transform": transform}))
             except (ArgumentError, TypeError, ValueError) as error:
-                raise UsageError(f"data.replay_transform: {error}") from None
+                raise UsageError(f"data.replay_transform: {in_words(error)}") from None
+
+    def make(self, config: Namespace) -> Namespace:
+        """Return a configuration with the objects that it describes.
+
+        Raises:
+            ValueError: In the words of the class that refuses its arguments.
+        """
+        try:
+            made: Namespace = self.parser.instantiate(config)
+        except (ArgumentError, ValueError) as error:
+            raise ValueError(in_words(error)) from error
+        return made
 
     def strategy_options(self, method: str) -> dict[str, Any]:
         """Return what ``per_method`` says of a method that is no key of the configuration."""
@@ -181,19 +196,6 @@ def package_versions() -> dict[str, str]:
 def command_line() -> str:
     """Return the command that runs, such that a shell takes it."""
     return shlex.join(["lit-rebasin", *sys.argv[1:]])
-
-
-def prepare_folder(path: str) -> Path:
-    """Make the output folder, and see that it can be written to, before any work is done."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"output_dir {path} cannot be written to ({error.strerror}); choose another") from None
-    return folder
 
 
 def set_threads(threads: int | None) -> None:

@@ -10,12 +10,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from lit_rebasin.cli.app import (
     ContinualCLI,
     hush,
-    prepare_folder,
     set_threads,
 )
 from lit_rebasin.cli.checks import check_benchmark
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import LEARNING, METHODS
+from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, Setting, make_results
 from lit_rebasin.cli.resume import finished_runs, remove_checkpoints
@@ -39,8 +39,22 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     methods, seeds, configured = check_benchmark(cli)
     _say_what_is_not_heeded(cli, methods)
     set_threads(cli.config.threads)
-    folder = prepare_folder(cli.config.output_dir)
     planned = [(method, seed) for method in methods for seed in seeds]
+    with output_folder(cli.config.output_dir) as folder:
+        results = _run_all(cli, configured, planned, seeds, folder)
+    Console().print(results_table(results))
+    Console(soft_wrap=True).print(f"Results, pictures and TensorBoard logs: {folder}")
+    return results
+
+
+def _run_all(
+    cli: ContinualCLI,
+    configured: Mapping[str, ContinualCLI],
+    planned: Sequence[tuple[str, int]],
+    seeds: Sequence[int],
+    folder: Path,
+) -> dict[str, Any]:
+    """Run what is planned and not finished, and write what is known after each."""
     found, setting = _begun(folder, cli, planned)
     results = make_results(cli, setting, seeds, planned, found) if setting is not None else {}
     waiting = [run for run in planned if run not in found]
@@ -64,8 +78,6 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     finally:
         if results:
             write_pictures(folder, results)
-    Console().print(results_table(results))
-    Console(soft_wrap=True).print(f"Results, pictures and TensorBoard logs: {folder}")
     return results
 
 
@@ -113,7 +125,14 @@ def _say_what_is_not_heeded(cli: ContinualCLI, methods: Sequence[str]) -> None:
     for key in LEARNING:
         without = [method for method in methods if key in METHODS[method].unheeded]
         if without and cli.config.get(key) != usual.get(key):
-            Console(stderr=True, soft_wrap=True).print(f"{key} does not concern {', '.join(without)}.")
+            _say(key, without)
+    if cli.config.parallel_tasks > 1:
+        _say("--parallel_tasks", [method for method in methods if METHODS[method].merge is None])
+
+
+def _say(key: str, methods: Sequence[str]) -> None:
+    if methods:
+        Console(stderr=True, soft_wrap=True).print(f"{key} does not concern {', '.join(methods)}.")
 
 
 def _progress() -> Progress:

@@ -8,17 +8,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
 from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RandomStates
-from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
+from lit_rebasin.cli.app import ContinualCLI
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, merge_of
-from lit_rebasin.cli.report import write_text
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL, WholeCheckpointIO
 from lit_rebasin.merging.data import evaluating
 from lit_rebasin.metrics import average_accuracy, forgetting
@@ -96,7 +94,7 @@ def build_run(
     if config.data_dir is not None:
         config.data.data_dir = config.data_dir
     pl.seed_everything(seed, verbose=False)
-    made = cli.parser.instantiate(config)
+    made = cli.make(config)
     _check_network(made.model, made.data)
     config.data.n_tasks, config.data.scenario = made.data.n_tasks, made.data.stream.scenario
     _fill_trainer(config.trainer, made.data)
@@ -106,7 +104,10 @@ def build_run(
     logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
     options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, RandomStates(), *callbacks]
     options["plugins"] = [*_as_list(options.get("plugins")), WholeCheckpointIO()]
-    trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
+    try:
+        trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
+    except TypeError as error:
+        raise UsageError(f"trainer: {error}") from None
     return Run(trainer, model, made.data, monitor, record, config)
 
 
@@ -147,16 +148,6 @@ def _learner(
     if method == "mc-sgd":
         return made.model, [ModeConnectivity(seed=seed, **options)]
     return made.model, [made.merge] if METHODS[method].merge is not None else []
-
-
-def write_record(cli: ContinualCLI, run: Run, folder: Path) -> None:
-    """Write what is going to run: the configuration, the versions, the command, and the hyper-parameters for the loggers."""
-    text = cli.parser.dump(run.config, skip_validation=True)
-    write_text(folder / "config.yaml", text)
-    write_text(folder / "versions.yaml", yaml.safe_dump(package_versions()))
-    write_text(folder / "command.txt", f"{command_line()}\n")
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams({**run.record.state_dict(), "model": yaml.safe_load(text)["model"]})
 
 
 def log_outcome(run: Run, matrix: Tensor) -> None:

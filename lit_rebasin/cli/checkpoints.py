@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -71,4 +72,11 @@ def write_checkpoint(path: Path, weights: Mapping[str, Any]) -> None:
             )
     # The format knows no tensors that share memory: tied weights are written twice.
     own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-    write_whole(path, lambda temporary: safetensors.torch.save_file(own, temporary))
+    write_whole(path, lambda temporary: _save_safetensors(own, temporary))
+
+
+def _save_safetensors(weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(weights, path)
+    except safetensors.SafetensorError as error:  # which is no OSError
+        raise OSError(str(error)) from None

@@ -40,6 +40,10 @@ def check_benchmark(cli: ContinualCLI) -> tuple[list[str], list[int], dict[str, 
         raise UsageError(
             "--processes runs methods and seeds side by side, --parallel_tasks the tasks of each: choose one"
         )
+    if cli.config.parallel_tasks > 1 and all(METHODS[method].merge is None for method in methods):
+        raise UsageError(
+            f"--parallel_tasks trains tasks apart and merges them, which {', '.join(methods)} cannot; leave it out, or use --processes"
+        )
     configured = {method: cli.for_method(method) for method in methods}
     baselines = [method for method in methods if METHODS[method].baseline]
     for method, own in configured.items():

@@ -14,6 +14,8 @@ from lit_rebasin.cli.checkpoints import SUFFIXES
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.files import check_target
 from lit_rebasin.cli.network import build, imported
+from lit_rebasin.cli.parser_errors import in_words
+from lit_rebasin.cli.suggestions import did_you_mean
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -58,7 +60,10 @@ def parse(command: str, words: Sequence[str], parser: argparse.ArgumentParser) -
     options.checkpoints = [word for word in others if not word.startswith("-")]
     unknown = [word for word in others if word.startswith("-") and word != "--help"]
     if unknown:
-        raise UsageError(f"{command} has no option {unknown[0]}; see lit-rebasin {command} --help")
+        option = unknown[0].partition("=")[0]
+        known = [f"--{name}" for name in vars(options)]
+        meant = did_you_mean(option, known) or f"; see lit-rebasin {command} --help"
+        raise UsageError(f"{command} has no option {option}{meant}")
     if options.model is None:
         raise UsageError(f"{command} needs the import path of a network, such as --model torchvision.models.resnet18")
     if "--help" in others:  # of the network's arguments: it prints them, and ends the process
@@ -136,7 +141,7 @@ def method_options(function: Callable[..., Any] | None, name: str, words: Sequen
     try:
         given = parser.instantiate(parser.parse_args(list(words), defaults=False))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(in_words(error, parser)) from None
     return dict(vars(given.get("options", Namespace())))
 
 

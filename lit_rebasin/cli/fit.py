@@ -2,16 +2,17 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_rebasin.cli.app import ContinualCLI, prepare_folder, set_threads
-from lit_rebasin.cli.build import Run, build_run, log_outcome, write_record
-from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.app import ContinualCLI, set_threads
+from lit_rebasin.cli.build import Run, build_run, log_outcome
 from lit_rebasin.cli.methods import check_methods
+from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import print_accuracy
+from lit_rebasin.cli.resumed_checkpoint import check_checkpoint
+from lit_rebasin.cli.run_record import recorded
 
 # Warnings of others about what is as it should be here.
 HUSHED = (
@@ -27,31 +28,39 @@ def run_fit(arguments: Sequence[str]) -> None:
     for message in HUSHED:
         warnings.filterwarnings("ignore", message=message)
     cli = ContinualCLI("fit", arguments)
-    method, seed, path = cli.config.method, int(cli.config.seed_everything), cli.config.ckpt_path
+    method, seed = cli.config.method, int(cli.config.seed_everything)
     check_methods([method], 1, "fit")
     cli = cli.for_method(method)
     check_methods([method], cli.config.data.replay_per_class, "fit")
     set_threads(cli.config.threads)
-    folder = prepare_folder(cli.config.output_dir) / "fit" / method / f"seed_{seed}"
+    with output_folder(cli.config.output_dir) as output:
+        _fit(cli, method, seed, output / "fit" / method / f"seed_{seed}")
+
+
+def _fit(cli: ContinualCLI, method: str, seed: int, folder: Path) -> None:
     saves = cli.config.trainer.enable_checkpointing is not False
     savers = [ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)] if saves else []
     run = build_run(cli, method, seed, folder, savers)
-    if path not in (None, "last"):  # Lightning finds the last one only when it fits
-        _check_checkpoint(run, path)
-    write_record(cli, run, folder)
-    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=path)
+    path = _checkpoint(cli.config.ckpt_path, run)
+    with recorded(cli, run, folder):
+        run.trainer.fit(run.model, datamodule=run.data, ckpt_path=path)
     if print_accuracy(method, run.monitor.matrix, run.n_tasks, folder):
         log_outcome(run, run.monitor.matrix[: run.n_tasks, : run.n_tasks])
 
 
-def _check_checkpoint(run: Run, path: str) -> None:
-    """Refuse a file that is no checkpoint, or one of another run, before anything is written."""
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        states = checkpoint["callbacks"][run.record.state_key], checkpoint[type(run.data).__qualname__]
-    except FileNotFoundError:
-        raise UsageError(f"there is no checkpoint {path}") from None
-    except Exception:  # what torch raises for a file of another kind depends on the file
-        raise UsageError(f"ckpt_path {path} is not a checkpoint of `lit-rebasin fit`, or it is damaged") from None
-    run.record.load_state_dict(states[0])
-    run.data.load_state_dict(states[1])
+def _checkpoint(given: str | None, run: Run) -> str | None:
+    """Return the checkpoint from which to go on, if there is one, once it is seen to be of the run."""
+    if given is None:
+        return None
+    path = _last(run) if given == "last" else Path(given)
+    if path is None:
+        return given  # Lightning says that there is none, and begins
+    check_checkpoint(run, path)
+    return str(path)
+
+
+def _last(run: Run) -> Path | None:
+    """Return the latest of the checkpoints that are called last."""
+    savers = [one for one in run.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.dirpath]
+    found = [path for one in savers for path in Path(str(one.dirpath)).glob(f"{one.CHECKPOINT_NAME_LAST}*.ckpt")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -12,7 +12,9 @@ from torch import nn
 
 from lit_rebasin.cli.checkpoints import load_weights, open_checkpoint
 from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.files import check_target
 from lit_rebasin.cli.network import build, example_input, imported, trace
+from lit_rebasin.merging.whole_files import write_whole
 from lit_rebasin.symmetry import Axis, PermutationSpec
 
 # Axes that are named in a row of the table of what is fixed; --json names all.
@@ -82,8 +84,8 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(str(error)) from None
     if options.model is None:
         raise UsageError("inspect needs the import path of a network, such as inspect torchvision.models.resnet50")
-    if options.figure is not None and Path(options.figure).suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--figure must be a .png, .svg or .pdf file, got {options.figure}")
+    if options.figure is not None:
+        check_target("--figure", options.figure, (".png", ".svg", ".pdf"), overwrite=True)
     return options, others
 
 
@@ -134,7 +136,5 @@ def _draw(found: Inspection, model: nn.Module, file: str) -> None:
     from lit_rebasin.cli.symmetry_figure import symmetry_figure
 
     figure = symmetry_figure(found.spec, {name: tuple(p.shape) for name, p in model.named_parameters()})
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise UsageError(f"--figure {file} cannot be written ({error.strerror}); choose another") from None
+    path = Path(file)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=150))

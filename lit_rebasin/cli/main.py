@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lit_rebasin import __version__
 from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.suggestions import did_you_mean
 from lit_rebasin.cli.texts import COMMAND_HELP, HELP
 
 # Both commands read one YAML file, so each parser knows these keys, but on the command line they would be ignored.
@@ -18,6 +20,8 @@ FOREIGN_OPTIONS = {
         "--seeds": "use --seed_everything",
         "--overwrite": "it belongs to benchmark",
         "--resume": "use --ckpt_path last",
+        "--parallel_tasks": "it belongs to benchmark",
+        "--processes": "it belongs to benchmark",
     },
     "benchmark": {"--method": "use --methods", "--seed_everything": "use --seeds", "--ckpt_path": "it belongs to fit"},
 }
@@ -32,7 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a run that failed, 2 for wrong usage, 130 if interrupted.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it ends
+        code = 1
+    return code
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return 0 if words else 2
@@ -40,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMAND_HELP:
-        return _fail(f"there is no command {words[0]!r}; use {', '.join(COMMAND_HELP)}", 2)
+        meant = did_you_mean(words[0], COMMAND_HELP) or f"; use {', '.join(COMMAND_HELP)}"
+        return _fail(f"there is no command {words[0]!r}{meant}", 2)
     if {"-h", "--help"} & set(words):
         print(COMMAND_HELP[words[0]])
         return 0
@@ -65,16 +79,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lit_rebasin.cli.fit import run_fit as run
             else:
                 from lit_rebasin.cli.benchmark import run_benchmark as run
-        run(words[1:])
+        with _quiet_threads():
+            run(words[1:])
     except KeyboardInterrupt as error:
         return _fail("interrupted", 130, error)
     except SystemExit as ending:  # --help and --print_config end with 0; Lightning turns Ctrl-C into an exit with 1
-        if words[0] in ("inspect", "align", "merge"):  # a reader, such as head, has closed the pipe
+        if isinstance(ending.__context__, BrokenPipeError):  # rich has ended the process
+            return 1
+        if words[0] in ("inspect", "align", "merge"):
             return int(ending.code or 0)
         return 0 if not ending.code else _fail("interrupted", 130, ending)
     except UsageError as error:
         return _fail(str(error), 2)
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = error.filename or "a file cannot be written or read"
+        return _fail(f"{place}: {error.strerror}" if error.strerror else str(error), 1, error)
+    except (ValueError, RuntimeError, MemoryError) as error:
         return _fail(str(error), 1, error)
     except Exception as error:
         # Lightning's own complaints about a configuration; anything else is a fault of ours and keeps its traceback.
@@ -91,12 +113,8 @@ def _check_words(command: str, words: Sequence[str]) -> None:
         hint = FOREIGN_OPTIONS.get(command, {}).get(option.removesuffix("+"))
         if hint:
             raise UsageError(f"{command} has no option {option}; {hint}")
-        if (
-            option in ("-c", "--config")
-            and Path(value).suffix in (".yaml", ".yml", ".json")
-            and not Path(value).is_file()
-        ):
-            raise UsageError(f"there is no configuration file {value}")
+        if option in ("-c", "--config") and not Path(value).is_file():
+            raise UsageError(f"there is no configuration file {value}" if value else f"{option} needs a file")
 
 
 @contextmanager
@@ -111,6 +129,21 @@ def _exit_on_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Leave out the traceback of a thread that cannot write, such as TensorBoard's, which raises the error in the main one as well."""
+
+    def say(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    before, threading.excepthook = threading.excepthook, say
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:

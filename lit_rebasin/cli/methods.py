@@ -7,6 +7,7 @@ from math import inf
 from typing import Any, Literal
 
 from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def check_methods(names: Sequence[str], replay_per_class: int, command: Literal[
         raise UsageError(f"methods names none; choose from {', '.join(known)}")
     for name in names:
         if name not in METHODS:
-            raise UsageError(f"there is no method {name!r}; choose from {', '.join(known)}")
+            meant = did_you_mean(name, known) or f"; choose from {', '.join(known)}"
+            raise UsageError(f"there is no method {name!r}{meant}")
         if name not in known:
             raise UsageError(f"{name!r} is for benchmark; choose from {', '.join(known)}")
         if METHODS[name].replay and replay_per_class == 0:

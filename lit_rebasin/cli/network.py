@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
 
 from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.parser_errors import in_words
 from lit_rebasin.symmetry import PermutationSpec, check_invariance, permutation_spec
 
 # Advice of the Python functions for which the commands have no words.
@@ -90,7 +91,7 @@ def build(command: str, path: str, target: Any, words: Sequence[str], saved: Map
     try:
         given = parser.parse_args(list(words), defaults=False)  # the defaults that it reads off a function can be wrong
     except (argparse.ArgumentError, TypeError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(in_words(error, parser)) from None
     try:
         made = vars(parser.instantiate(given).get("model", Namespace()))
         model = target if isinstance(target, nn.Module) else target(**made)

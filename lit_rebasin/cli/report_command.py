@@ -13,6 +13,7 @@ from lit_rebasin.cli.progress import working
 from lit_rebasin.cli.report import write_text
 from lit_rebasin.cli.report_page import report_page
 from lit_rebasin.cli.run_folder import read_folder
+from lit_rebasin.cli.suggestions import did_you_mean
 
 
 def run_report(arguments: Sequence[str]) -> None:
@@ -44,7 +45,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
     if others:
-        raise UsageError(f"report takes one folder and --output FILE, and nothing else, but got {others[0]}")
+        raise UsageError(
+            f"report takes one folder and --output FILE, and nothing else, but got {others[0]}{did_you_mean(others[0], ['--output'])}"
+        )
     if not options.run_dir:
         raise UsageError("report needs the folder of a run, such as report runs/rotated_digits")
     return options

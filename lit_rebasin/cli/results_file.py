@@ -42,6 +42,8 @@ def _check(results: Any) -> None:
     protocol = _need(results, "protocol", dict)
     for name, kind in {"seeds": list, "missing": list, "versions": dict, "command": str}.items():
         _need(protocol, name, kind, "protocol.")
+    if not all(isinstance(seed, int) for seed in protocol["seeds"]):
+        raise ValueError("protocol.seeds is not a list of whole numbers")
     if not all(isinstance(one, str) for one in protocol["missing"]):
         raise ValueError("protocol.missing is not a list of texts")
     methods = _need(results, "methods", dict)

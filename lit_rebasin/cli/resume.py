@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.report import as_matrices
 from lit_rebasin.cli.results import Outcome, Setting
 from lit_rebasin.cli.results_file import read_results, seeds_of
+from lit_rebasin.cli.resumed_checkpoint import check_checkpoint
 
 # What may differ between a benchmark and the one that goes on with it.
 _FREE = (
@@ -75,10 +77,22 @@ def checkpoint_to_resume(cli: ContinualCLI, run: Run, folder: Path) -> Path | No
         remove_checkpoints(folder)
     if not path.exists():
         return None
-    begun = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     now = yaml.safe_load(cli.parser.dump(run.config, skip_validation=True))
-    _check_same(begun, now, f"{folder} holds a run")
+    _check_same(_configuration(folder / "config.yaml"), now, f"{folder} holds a run")
+    check_checkpoint(run, path)
     return path
+
+
+def _configuration(path: Path) -> Mapping[str, Any]:
+    """Return what a run was begun with."""
+    begun: Any = None
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(begun, Mapping):
+        raise UsageError(
+            f"{path} is missing or damaged, so that nothing says what the run was begun with; remove the checkpoints beside it to begin anew"
+        )
+    return begun
 
 
 def remove_checkpoints(folder: Path) -> None:

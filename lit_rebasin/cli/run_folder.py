@@ -74,7 +74,7 @@ def read_folder(path: str) -> RunFolder:
         raise UsageError(f"report takes a folder, and {path} is a file{_hint(folder)}")
     if not folder.is_dir():
         raise UsageError(f"there is no folder {path}; name the output folder of a benchmark or a fit")
-    if (folder / "results.json").is_file():
+    if (folder / "results.json").exists():
         return _benchmark(folder, read_results(folder / "results.json"))
     places = event_folders(folder)
     if not places:

@@ -16,12 +16,13 @@ from typing_extensions import override
 from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.callbacks.report import log_accuracies
 from lit_rebasin.cli.app import ContinualCLI, hush, set_threads
-from lit_rebasin.cli.build import QUIET, Run, build_run, log_outcome, write_record
+from lit_rebasin.cli.build import QUIET, Run, build_run, log_outcome
 from lit_rebasin.cli.completeness import complete
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
 from lit_rebasin.cli.results import Outcome, Setting
 from lit_rebasin.cli.resume import checkpoint_to_resume
+from lit_rebasin.cli.run_record import RunRecord, recorded
 from lit_rebasin.cli.workers import workers
 from lit_rebasin.continual import ContinualClassifier
 
@@ -38,8 +39,8 @@ def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Re
     savers = _savers(cli, method, folder)
     run = build_run(cli, method, seed, folder, [watch, *savers], **{**QUIET, "enable_checkpointing": bool(savers)})
     checkpoint = checkpoint_to_resume(cli, run, folder)
-    write_record(cli, run, folder)
-    matrix = _matrix(cli, run, watch, checkpoint)
+    with recorded(cli, run, folder) as record:
+        matrix = _matrix(cli, run, watch, checkpoint, record)
     log_outcome(run, matrix)
     return Outcome(matrix, watch.seconds, watch.cpu_seconds, _moved(run)), Setting.of(run)
 
@@ -96,11 +97,13 @@ def _moved(run: Run) -> list[int | None] | None:
     return None
 
 
-def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch", checkpoint: Path | None) -> Tensor:
+def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch", checkpoint: Path | None, record: RunRecord) -> Tensor:
     """Train a method with a seed, and return its accuracy matrix."""
     if METHODS[run.record.method].baseline:
+        record.of_other_loops()
         return _baseline(run, cli.strategy_options(run.record.method), watch)
     if cli.config.parallel_tasks > 1 and METHODS[run.record.method].merge is not None:
+        record.of_other_loops()
         return run_in_parallel(
             cli,
             run,

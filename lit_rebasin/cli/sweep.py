@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -17,10 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lit_rebasin.cli.app import ContinualCLI, hush, prepare_folder
+from lit_rebasin.cli.app import ContinualCLI, hush
 from lit_rebasin.cli.checks import check_benchmark
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import check_methods
+from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import cell, write_text
 
 
@@ -40,18 +42,28 @@ class Trial:
         """Return what the run came to, if it is finished."""
         try:
             results = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found: dict[str, Any] = results["methods"][method]
+            is_finished = not results["protocol"]["missing"] and bool(
+                mean(found["accuracy"]) + len(found["forgetting"])
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # cut off, or another file
             return None
-        return None if results["protocol"]["missing"] else results["methods"].get(method)
+        return found if is_finished else None
 
 
 def run_sweep(arguments: Sequence[str]) -> None:
     """Run a method with every choice of settings that is not finished yet, several at a time, and print the table."""
     hush()
     options, words = _parse(arguments)
-    per_method = ContinualCLI("benchmark", words).config.per_method
+    per_method = ContinualCLI("benchmark", words, beside=[*vars(options)]).config.per_method
     _check(_choices(options), options, words, per_method)
-    folder = prepare_folder(options.output_dir)
+    with output_folder(options.output_dir) as folder:
+        _sweep(options, words, per_method, folder, arguments)
+
+
+def _sweep(
+    options: Namespace, words: Sequence[str], per_method: Mapping[str, Any], folder: Path, arguments: Sequence[str]
+) -> None:
     trials = [Trial(settings, folder / f"trial_{n:03d}") for n, settings in _numbered(options, words, folder)]
     method, failed = options.method, {}
     waiting = [trial for trial in trials if trial.result(method) is None]
@@ -156,8 +168,8 @@ def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tu
     run: dict[str, Any] = {name: getattr(options, name) for name in ("method", "seeds", "validation_fraction")}
     run |= {"words": list(words), "files": _texts(words)}
     kept: dict[str, Any] = {"run": run, "settings": []}
-    if listed.is_file():
-        kept = json.loads(listed.read_text(encoding="utf-8"))
+    if listed.exists():
+        kept = _listed_before(listed)
     if kept["run"] != run:
         changed = next(name for name in run if kept["run"].get(name) != run[name])
         raise UsageError(f"{folder} holds trials of a sweep with other {changed}; choose another --output_dir")
@@ -165,6 +177,19 @@ def _numbered(options: Namespace, words: Sequence[str], folder: Path) -> list[tu
     known = [*kept["settings"], *(settings for settings in wanted if settings not in kept["settings"])]
     _write_json(listed, {"run": run, "settings": known})
     return [(known.index(settings), settings) for settings in wanted]
+
+
+def _listed_before(path: Path) -> dict[str, Any]:
+    """Return what a sweep has noted of its trials."""
+    kept: Any = None
+    with suppress(OSError, ValueError, RecursionError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    kinds = {"run": dict, "settings": list}
+    if not isinstance(kept, dict) or not all(isinstance(kept.get(name), kind) for name, kind in kinds.items()):
+        raise UsageError(
+            f"{path} is not as a sweep writes it: it is damaged; choose another --output_dir, or remove it"
+        )
+    return kept
 
 
 def _run(trial: Trial, options: Namespace, words: Sequence[str], per_method: Mapping[str, Any]) -> str | None:

@@ -36,8 +36,6 @@ KEYS = """
  --output_dir DIR            where results, logs and checkpoints go (runs)
  --data_dir DIR              folder of the data sets (data), or the .npz of the benchmark arrays
  --threads N                 CPU threads; a small network is fastest with 1
- --parallel_tasks N          tasks trained at a time, each in a process of its own, where --merge.start is fresh (1)
- --processes N               runs of benchmark at a time, each in a process of its own (1)
 
  --data.benchmark NAME       rotated-digits, rotated-mnist, permuted-mnist, split-mnist, rotated-fashion-mnist, split-cifar10,
                              split-cifar100 or arrays (rotated-digits)
@@ -115,6 +113,8 @@ Run several methods over several seeds; print a table, write results.json, resul
                              strategies
  --per_method ...            what differs for a method, best in the file: ewc: {{ewc_lambda: 10}}, rebasin: {{merge.alpha: 0.7}}
  --seeds A,B                 one run a method and seed (0,1,2)
+ --parallel_tasks N          tasks trained at a time, each in a process of its own, where --merge.start is fresh (1)
+ --processes N               runs at a time, each in a process of its own (1)
  --overwrite                 replace results that are in output_dir already
  --resume                    go on with what is in output_dir: finished runs are kept, others go on after their last finished task; runs of
                              Avalanche's strategies, of rebasin-il and of --parallel_tasks begin anew
@@ -131,6 +131,7 @@ Trials that are finished in DIR are not run again. Defaults are in parentheses.
  --seeds A,B                 one run a combination and seed (100); not those of the final benchmark
  --validation_fraction F     share of each task's training data that is held back (0.1)
  --processes N               runs at a time (1)
+ --parallel_tasks N          tasks trained at a time, each in a process of its own, where --merge.start is fresh (1)
 {KEYS}""",
     "report": """usage: lit-rebasin report RUN_DIR [--output FILE.html]
 

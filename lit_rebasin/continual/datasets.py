@@ -2,6 +2,7 @@
 
 import gzip
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Arrays:
     y_test: Tensor
 
 
+_LARGEST_CLASS = 10**6 - 1  # a network has an output for each class up to the largest
 _FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -42,7 +44,16 @@ def load_mnist(name: str, data_dir: str | None, download: bool) -> Arrays:
             )
         _download(getattr(datasets, name), name, root)
         paths = [_packed_or_not(raw / file) for file in _FILES]
-    x_train, y_train, x_test, y_test = (_read_idx(path) for path in paths if path is not None)
+    x_train, y_train, x_test, y_test = (
+        _read_idx(path, ndim) for path, ndim in zip(paths, (3, 1, 3, 1), strict=True) if path
+    )
+    for x, y, path in ((x_train, y_train, paths[1]), (x_test, y_test, paths[3])):
+        if len(x) != len(y):
+            raise ValueError(
+                f"{path} holds {len(y)} labels for {len(x)} images: one of the two files is damaged; get both anew."
+            )
+        if len(y) == 0 or y.max() > 9:
+            raise ValueError(f"{path} holds labels that are no class from 0 to 9: it is damaged; get it anew.")
     return Arrays(x_train.unsqueeze(1), y_train.long(), x_test.unsqueeze(1), y_test.long())
 
 
@@ -131,7 +142,7 @@ def _images(x: np.ndarray, key: str, path: str) -> Tensor:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
-    if x.ndim != 4 or not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
+    if x.ndim != 4 or 0 in x.shape[1:] or not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
         raise ValueError(
             f"{path}: {key} must be images (N, H, W), (N, H, W, C) or (N, C, H, W) in uint8 or floating point, got {x.dtype} {x.shape}."
         )
@@ -144,6 +155,10 @@ def _images(x: np.ndarray, key: str, path: str) -> Tensor:
 def _labels(y: np.ndarray, key: str, path: str) -> Tensor:
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or (len(y) > 0 and y.min() < 0):
         raise ValueError(f"{path}: {key} must be class indices (N,), integers from 0, got {y.dtype} {y.shape}.")
+    if len(y) > 0 and y.max() > _LARGEST_CLASS:
+        raise ValueError(
+            f"{path}: {key} names the class {y.max()}; classes are counted from 0, up to {_LARGEST_CLASS}."
+        )
     return torch.from_numpy(y.astype(np.int64))
 
 
@@ -152,16 +167,19 @@ def _packed_or_not(path: Path) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _read_idx(path: Path) -> Tensor:
+def _read_idx(path: Path, ndim: int) -> Tensor:
     """Read an IDX file of bytes: two zeros, the type 8, the number of dimensions, their big-endian lengths, the data."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        n_dims = content[3]
-        shape = np.frombuffer(content, ">i4", n_dims, offset=4)
-        data = np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims)
+        if content[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError(
+                f"it begins with {content[:4]!r}, and not as one of bytes in {ndim} dimension{'s' * (ndim > 1)}"
+            )
+        shape = np.frombuffer(content, ">i4", ndim, offset=4)
+        data = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim)
         return torch.from_numpy(data.reshape(shape).copy())
-    except (OSError, EOFError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not an IDX file: {error}") from None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not an IDX file: {error}; get it anew.") from None
 
 
 def _download(kind: type, name: str, root: Path) -> None:

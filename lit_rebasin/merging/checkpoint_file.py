@@ -77,13 +77,23 @@ def matching_weights(own: Mapping[str, Any], held: Mapping[str, Any], holder: st
         if name not in weights:
             weights[name] = next(weights[twin] for twin in twins[name] if twin in weights)
     for name, tensor in own.items():
-        if isinstance(tensor, Tensor) and getattr(weights[name], "shape", None) != tensor.shape:
-            found = weights[name]
-            shape = tuple(found.shape) if isinstance(found, Tensor) else f"no shape, it is a {type(found).__name__}"
-            raise CheckpointError(
-                f"{about}: {prefix + name!r} has shape {shape} in it and {tuple(tensor.shape)} in the network"
-            )
+        if isinstance(tensor, Tensor):
+            _check_fit(weights[name], tensor, f"{about}: {prefix + name!r}")
     return weights
+
+
+def _check_fit(found: Any, tensor: Tensor, what: str) -> None:
+    """Raise a `CheckpointError` where a tensor cannot be copied, or its numbers would be others."""
+    if not isinstance(found, Tensor):
+        raise CheckpointError(f"{what} is a {type(found).__name__} in it, and no tensor")
+    if found.shape != tensor.shape:
+        raise CheckpointError(f"{what} has shape {tuple(found.shape)} in it and {tuple(tensor.shape)} in the network")
+    if found.layout != torch.strided or found.is_meta:
+        kind = "holds no numbers" if found.is_meta else f"is {str(found.layout).removeprefix('torch.')}"
+        raise CheckpointError(f"{what} {kind} in it; save it as a plain tensor")
+    is_whole = tensor.is_floating_point() and not found.is_floating_point()  # a counter may have become floating point
+    if is_whole or found.is_complex() != tensor.is_complex():
+        raise CheckpointError(f"{what} is of {found.dtype} in it and of {tensor.dtype} in the network")
 
 
 def _twins(own: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -140,7 +150,7 @@ def read_torch(file: str) -> dict[str, Any]:
     """
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise _unreadable(file, error) from None
     except Exception as error:  # whatever the bytes of a file of another kind lead to
         code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None

@@ -76,7 +76,7 @@ def test_resume_ends_as_the_uninterrupted_run(finished, tmp_path, capsys):
 
 def test_file_that_is_no_checkpoint(tmp_path, capsys):
     (tmp_path / "a.ckpt").write_text("hello\n")
-    for name, says in (("a.ckpt", "is not a checkpoint"), ("b.ckpt", "there is no checkpoint")):
+    for name, says in (("a.ckpt", "is no file of tensors"), ("b.ckpt", "there is no checkpoint")):
         assert main([*FIT, "--ckpt_path", str(tmp_path / name), "--output_dir", str(tmp_path / "out")]) == 2
         assert says in capsys.readouterr().err.splitlines()[-1]
 

@@ -206,7 +206,7 @@ def test_missing_config_is_found_before_the_slow_imports():
         (["benchmark", "--ckpt_path", "a.ckpt"], "benchmark has no option --ckpt_path; it belongs to fit"),
         (["fit", "--methods", "replay"], "fit has no option --methods; use --method"),
         (["fit", "--seeds", "1"], "fit has no option --seeds; use --seed_everything"),
-        (["fit", "--config", CONFIG, "--metho", "replay"], "unrecognized arguments: --metho replay"),
+        (["fit", "--config", CONFIG, "--metho", "replay"], "there is no option --metho; did you mean --method?"),
     ],
 )
 def test_options_of_the_other_command_and_abbreviations_are_refused(capsys, words, says):

@@ -213,7 +213,7 @@ def test_a_run_of_another_configuration_does_not_go_on(tmp_path, capsys):
     assert "seed_0 holds a run with model.optimizer.init_args.lr=" in capsys.readouterr().err
     assert place.read_bytes() == held
     place.write_bytes(held[:1000])
-    assert main(command(folder, *words, "--resume")) == 1
+    assert main(command(folder, *words, "--resume")) == 2
     assert "last.ckpt is no file of tensors" in capsys.readouterr().err
 
 

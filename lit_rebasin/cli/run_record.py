@@ -1,0 +1,73 @@
+"""What is written beside a run: the configuration, the versions and the command."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
+from lit_rebasin.cli.build import Run
+from lit_rebasin.cli.output_folder import gone_if_empty
+from lit_rebasin.cli.report import write_text
+
+
+class RunRecord(pl.Callback):
+    """Writes what is run as soon as its training begins, so that a run that is refused leaves those before it as they are."""
+
+    def __init__(self, cli: ContinualCLI, run: Run, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self.text = cli.parser.dump(run.config, skip_validation=True)
+        self.is_written = False
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._log()
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._write()
+
+    def of_other_loops(self) -> None:
+        """Record a run that no Trainer fits."""
+        self._log()
+        self._write()
+
+    def _log(self) -> None:
+        """Give the loggers the hyper-parameters."""
+        model = yaml.safe_load(self.text)["model"]
+        for logger in self.run.trainer.loggers:
+            logger.log_hyperparams({**self.run.record.state_dict(), "model": model})
+
+    def _write(self) -> None:
+        if self.run.trainer.is_global_zero:
+            write_text(self.folder / "config.yaml", self.text)
+            write_text(self.folder / "versions.yaml", yaml.safe_dump(package_versions()))
+            write_text(self.folder / "command.txt", f"{command_line()}\n")
+        self.is_written = True
+
+
+@contextmanager
+def recorded(cli: ContinualCLI, run: Run, folder: Path) -> Iterator[RunRecord]:
+    """Have a run recorded when its training begins; of one that ends in an error before, nothing stays, its event files neither."""
+    record = RunRecord(cli, run, folder)
+    run.trainer.callbacks.append(record)  # type: ignore[attr-defined]
+    with gone_if_empty(folder / "tensorboard", folder / "checkpoints"):
+        try:
+            yield record
+        except BaseException:
+            if not record.is_written:
+                _remove_logs(run)
+            raise
+
+
+def _remove_logs(run: Run) -> None:
+    for logger in run.trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            with suppress(OSError):
+                logger.finalize("failed")
+            shutil.rmtree(logger.log_dir, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""Bad checkpoints that a run goes on from, or is compared with."""
+
+import torch
+
+from .bad_inputs import (
+    BENCHMARK,
+    CUT,
+    FIT,
+    LAST,
+    BadInput,
+    all_of,
+    begun,
+    changed,
+    directory,
+    networks,
+    planted,
+    removed,
+    text,
+    truncated,
+)
+from .networks import drawn
+
+
+def _resumed(name, prepare, says):
+    return BadInput(
+        f"a checkpoint to go on from that is {name}", all_of(begun("fit"), prepare), [*FIT, f"--ckpt_path={LAST}"], says
+    )
+
+
+def _without(*keys):
+    def change(checkpoint):
+        for key in keys[:-1]:
+            checkpoint = checkpoint[key]
+        del checkpoint[keys[-1]]
+
+    return changed(LAST, change)
+
+
+def _nan(checkpoint):
+    next(iter(checkpoint["state_dict"].values())).fill_(torch.nan)
+
+
+ROWS = [
+    _resumed("truncated", truncated(LAST), "last.ckpt"),
+    _resumed("empty", text(LAST, ""), "last.ckpt"),
+    _resumed("text", text(LAST), "last.ckpt"),
+    _resumed("a folder", directory(LAST), "last.ckpt"),
+    _resumed("missing", removed(LAST), "there is no checkpoint .*last.ckpt"),
+    _resumed(
+        "a pickle with code", planted(LAST), "last.ckpt holds the Python object posix.mkdir, which could run code"
+    ),
+    _resumed(
+        "a state dict",
+        lambda place: torch.save(drawn(0).state_dict(), place.folder / LAST),
+        "last.ckpt is not a checkpoint of `lit-rebasin`",
+    ),
+    _resumed("a list", lambda place: torch.save([1], place.folder / LAST), "last.ckpt"),
+    _resumed("NaN", changed(LAST, _nan), "last.ckpt.*NaN"),
+    _resumed("without its weights", _without("state_dict"), "last.ckpt is not a checkpoint of `lit-rebasin`"),
+    _resumed("without its optimizer", _without("optimizer_states"), "last.ckpt is not a checkpoint of `lit-rebasin`"),
+    _resumed("without its loops", _without("loops"), "last.ckpt is not a checkpoint of `lit-rebasin`"),
+    _resumed(
+        "without the stream",
+        _without("ContinualDataModule", "stream"),
+        "last.ckpt is not a checkpoint of `lit-rebasin`",
+    ),
+    _resumed(
+        "of another version",
+        _without("ContinualDataModule", "stream", "benchmark"),
+        "last.ckpt is not a checkpoint of `lit-rebasin`",
+    ),
+    BadInput(
+        "a checkpoint of another width",
+        begun("fit"),
+        [*FIT, "--model.backbone.hidden_size=9", f"--ckpt_path={LAST}"],
+        "last.ckpt.*shape",
+    ),
+    BadInput(
+        "a checkpoint of another stream",
+        begun("fit"),
+        [*FIT, "--data.n_tasks=3", f"--ckpt_path={LAST}"],
+        "n_tasks=2, not 3",
+    ),
+    BadInput(
+        "a checkpoint of another method",
+        begun("fit"),
+        [*FIT, "--method=average", f"--ckpt_path={LAST}"],
+        "method replay, not average",
+    ),
+    BadInput(
+        "a checkpoint of another optimizer",
+        begun("fit"),
+        [*FIT, "--model.optimizer=torch.optim.SGD", f"--ckpt_path={LAST}"],
+        "optimizer",
+    ),
+    BadInput(
+        "the last checkpoint truncated", all_of(begun("fit"), truncated(LAST)), [*FIT, "--ckpt_path=last"], "last.ckpt"
+    ),
+    BadInput(
+        "the last checkpoint with code",
+        all_of(begun("fit"), planted(LAST)),
+        [*FIT, "--ckpt_path=last"],
+        "last.ckpt holds the Python object",
+    ),
+    BadInput(
+        "the last checkpoint of another stream",
+        begun("fit"),
+        [*FIT, "--data.n_tasks=3", "--ckpt_path=last"],
+        "n_tasks=2, not 3",
+    ),
+    BadInput(
+        "a checkpoint of a benchmark truncated",
+        all_of(begun("cut"), truncated(f"{CUT}/checkpoints/last.ckpt")),
+        [*BENCHMARK, "--resume"],
+        "last.ckpt",
+    ),
+    BadInput(
+        "a checkpoint of a benchmark empty",
+        all_of(begun("cut"), text(f"{CUT}/checkpoints/last.ckpt", "")),
+        [*BENCHMARK, "--resume"],
+        "last.ckpt",
+    ),
+    BadInput(
+        "a checkpoint of a benchmark with code",
+        all_of(begun("cut"), planted(f"{CUT}/checkpoints/last.ckpt")),
+        [*BENCHMARK, "--resume"],
+        "last.ckpt holds the Python object",
+    ),
+    BadInput(
+        "a checkpoint of a benchmark of another version",
+        all_of(begun("cut"), changed(f"{CUT}/checkpoints/last.ckpt", lambda held: held.pop("callbacks"))),
+        [*BENCHMARK, "--resume"],
+        "last.ckpt",
+    ),
+    BadInput(
+        "a reference that is truncated",
+        all_of(networks, truncated("a.pt")),
+        [*FIT, "--trainer.callbacks+=lit_rebasin.ConnectivityMonitor", "--trainer.callbacks.reference=a.pt"],
+        "^checkpoint a.pt is no file of tensors",
+    ),
+    BadInput(
+        "a reference with code",
+        planted("a.pt"),
+        [*FIT, "--trainer.callbacks+=lit_rebasin.ConnectivityMonitor", "--trainer.callbacks.reference=a.pt"],
+        "^checkpoint a.pt holds the Python object posix.mkdir",
+    ),
+    BadInput(
+        "a reference of another architecture",
+        networks,
+        [*FIT, "--trainer.callbacks+=lit_rebasin.ConnectivityMonitor", "--trainer.callbacks.reference=a.pt"],
+        "reference",
+    ),
+]
