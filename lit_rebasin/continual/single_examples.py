@@ -31,8 +31,8 @@ def check_single_examples(network: nn.Module, data: Any) -> None:
     if alone is None or _takes_one(network, data.input_shape):
         return
     raise MisconfigurationException(
-        f"Task {alone} has a batch of one example, of which its normalization has no statistics: batch_size={data.batch_size} leaves a rest of one, or "
-        "the task has no more; pass another batch_size or n_tasks, or a network without BatchNorm."
+        f"Task {alone} has a batch of one example, of which the network's normalization has no statistics: batch_size={data.batch_size} leaves "
+        "a rest of one, or the task has no more; pass another batch_size or n_tasks, or a network without BatchNorm."
     )
 
 
