@@ -116,7 +116,11 @@ class RebasinIL(LightningModule):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = self._loss(batch)
+        try:
+            loss = self._loss(batch)
+        except ValueError:  # of a soft permutation of NaN
+            self._check_finite(int(batch[2].max()))
+            raise
         self.manual_backward(loss)
         if self.rebasin is not None:
             nn.utils.clip_grad_value_(self.residual.parameters(), self.residual_clip)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rebasin.continual.baselines import BASELINES
@@ -28,7 +28,9 @@ STATED = {
     ),
     r"cannot be split over n_tasks=\d: pass": lambda case, given: given.get("n_tasks", 5) > len(case.counts),
     r"batch of one example.*batch_size": lambda case, given: given.get("norm", "none") != "none",
-    r"left NaN or infinity in|ended in NaN or infinity": lambda case, given: given.get("optimizer") == "exploding",
+    r"left NaN or infinity in|ended in NaN or infinity|after the first task is NaN or infinite": lambda case, given: (
+        given.get("optimizer") == "exploding"
+    ),
     r"has no permutable group": lambda case, given: given.get("kind") == "linear" or given.get("width") == 1,
     r'statistics="data-free"': lambda case, given: given.get("norm") not in BATCH_NORMS,
     r"replay_per_class=\d": lambda case, given: not given.get("replay_per_class") or given.get("fits"),
@@ -109,52 +111,73 @@ def check_model(case, outcome):
             assert all(isfinite(number) for number in entry.values() if isinstance(number, float)), entry
 
 
-SKIPPING = ((3, 4, 2), (7, 4, 2), (40, 4, 2))
-DOUBLE = (("precision", "64-true"),)
-BATCH_NORM = (("norm", "batch"),)
-
-
 def quickly(examples):
     return settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @quickly(60)
 @given(cases(methods=OURS))
-@example(Case("no-merge", counts=SKIPPING, data=(("n_tasks", 3),)))
-@example(Case("rebasin", counts=SKIPPING, data=(("n_tasks", 3), ("scenario", "task"))))
-@example(Case("rebasin", data=(("n_tasks", 2), ("batch_size", 11)), network=BATCH_NORM))
-@example(Case("rebasin-il", data=(("n_tasks", 2), ("batch_size", 11)), network=BATCH_NORM))
-@example(
-    Case(
-        data=(("n_tasks", 2), ("replay_per_class", 1)),
-        network=BATCH_NORM,
-        merge=(("batches", 9), ("examples", "kept")),
-    )
-)
-@example(Case("mc-sgd", ((0, 30, 2), (1, 30, 2)), data=(("n_tasks", 2), ("replay_per_class", 11)), network=BATCH_NORM))
-@example(Case("mc-sgd", data=(("n_tasks", 2), ("replay_per_class", 1)), trainer=DOUBLE))
-@example(Case(data=(("n_tasks", 2), ("replay_per_class", 1)), trainer=DOUBLE, merge=(("examples", "kept"),)))
-@example(Case("rebasin-il", data=(("n_tasks", 2),), trainer=DOUBLE))
-@example(Case("rebasin-il", data=(("n_tasks", 2),), learner=(("optimizer", "exploding"),)))
-@example(Case("rebasin-il", data=(("n_tasks", 2),), network=(("kind", "linear"),)))
-@example(Case("no-merge", counts=((1, 1, 5),), shape=(1, 1, 1), data=(("n_tasks", 1),)))
 def test_a_run_ends_with_a_complete_result_or_a_stated_error(case):
     check(case)
 
 
 @quickly(20)
 @given(cases(methods=tuple(BASELINES)))
-@example(Case("agem", data=(("n_tasks", 2),)))
-@example(Case("cumulative", data=(("n_tasks", 2), ("batch_size", 1), ("scenario", "task"))))
 def test_a_baseline_ends_with_a_complete_result_or_a_stated_error(case):
     check(case)
 
 
 @pytest.mark.slow
-@quickly(1200)
+@quickly(350)
 @given(cases())
 def test_many_runs_end_with_a_complete_result_or_a_stated_error(case):
     check(case)
+
+
+BATCH_NORM = (("norm", "batch"),)
+KEPT = (("n_tasks", 2), ("replay_per_class", 1))
+DOUBLE = (("precision", "64-true"),)
+EXPLODING = (("optimizer", "exploding"),)
+ONE_CLASS = (("n_tasks", 4), ("scenario", "task"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("no-merge", data=ONE_CLASS),
+        Case("rebasin-il", data=ONE_CLASS),
+        Case("no-merge", ((3, 4, 2), (7, 4, 2), (40, 4, 2)), data=(("n_tasks", 3),)),
+        Case("no-merge", ((1, 1, 5),), shape=(1, 1, 1), data=(("n_tasks", 1),)),
+        Case(data=KEPT, network=BATCH_NORM, merge=(("batches", 9), ("examples", "kept"))),
+        Case("mc-sgd", ((0, 30, 2), (1, 30, 2)), data=(("n_tasks", 2), ("replay_per_class", 11)), network=BATCH_NORM),
+        Case("mc-sgd", data=KEPT, trainer=DOUBLE),
+        Case(data=KEPT, trainer=DOUBLE, merge=(("examples", "kept"),)),
+        Case("rebasin-il", data=KEPT, trainer=DOUBLE),
+        Case(
+            data=KEPT,
+            learner=(("optimizer", "still"),),
+            merge=(("cost", "l2"), ("method", "sinkhorn"), ("options", (("steps", 2),)), ("start", "fresh")),
+        ),
+    ],
+)
+def test_runs_that_once_failed_have_a_result(case):
+    assert check(case) is not None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("no-merge", data=(("n_tasks", 2), ("batch_size", 11)), network=BATCH_NORM),
+        Case("rebasin-il", data=(("n_tasks", 2), ("batch_size", 11)), network=BATCH_NORM),
+        Case("rebasin-il", data=KEPT, learner=EXPLODING),
+        Case("rebasin-il", data=KEPT, network=(("kind", "linear"),)),
+        Case(data=KEPT, learner=EXPLODING, trainer=DOUBLE, merge=(("alpha", 0.0), ("combine", "regmean"))),
+        Case("agem", data=(("n_tasks", 2),)),
+        Case("cumulative", data=(("n_tasks", 2), ("batch_size", 1), ("scenario", "task"))),
+    ],
+)
+def test_runs_that_once_failed_say_why(case):
+    assert check(case) is None
 
 
 def same(one, other):
@@ -178,21 +201,21 @@ def changes_nothing(case):
     assert same(plain, replace(merged, history=[]))
 
 
-@quickly(15)
+@quickly(10)
 @given(cases(methods=("no-merge",)))
 def test_a_merge_without_the_previous_network_changes_nothing(case):
     changes_nothing(case)
 
 
 @pytest.mark.slow
-@quickly(150)
+@quickly(40)
 @given(cases(methods=("no-merge",)))
 def test_many_merges_without_the_previous_network_change_nothing(case):
     changes_nothing(case)
 
 
 @pytest.mark.slow
-@quickly(200)
+@quickly(60)
 @given(cases(methods=METHODS))
 def test_a_run_repeats_itself(case):
     first = check(case)
