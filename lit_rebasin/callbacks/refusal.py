@@ -27,9 +27,9 @@ class Refusal:
 
 
 def is_of_numbers(error: BaseException) -> bool:
-    """Return whether an error says that there is NaN or infinity where there should be numbers."""
+    """Return whether an error says that there is NaN or infinity where there should be numbers, or a matrix that no solver takes."""
     told = isinstance(error, (ValueError, RuntimeError)) and any(words in str(error) for words in _NOT_FINITE)
-    return told or isinstance(error, NoFiniteLossError)
+    return told or isinstance(error, (NoFiniteLossError, torch.linalg.LinAlgError))
 
 
 def reason_of(error: BaseException) -> str | None:
