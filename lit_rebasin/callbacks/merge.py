@@ -105,13 +105,11 @@ def merge_task(
     """
     started = perf_counter()
     models = _Models(step, first_batches(step, draw, settings.batches), trained, previous, shared, held)
-    alignment = find(
-        _problem(models, spec, settings, settings.seed + task),
-        settings.method,
-        settings.init,
-        settings.seed + task,
-        settings.used_options,
-    )
+    problem, seed = _problem(models, spec, settings, settings.seed + task), settings.seed + task
+    if shared:
+        alignment = find(problem, settings.method, settings.init, seed, settings.used_options)
+    else:  # a task that trained nothing it began anew has nothing to match
+        alignment = find(problem, "identity", None, seed, {})
     aligned = models.path_from(permute(trained, spec, alignment.permutations))
     before = models.path_from(trained).losses(models.loss)
     after = aligned.losses(models.loss) if alignment.moved else before

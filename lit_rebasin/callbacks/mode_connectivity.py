@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_rebasin.alignment.costs import interpolate
-from lit_rebasin.callbacks.step_loss import StepLoss
+from lit_rebasin.callbacks.step_loss import StepLoss, as_trained
 from lit_rebasin.continual.task_end import task_ends
 from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
 from lit_rebasin.merging.path import weights_of, write_weights
@@ -166,7 +166,7 @@ class ModeConnectivity(Callback):
         optimizer = torch.optim.SGD(found.values(), lr=self.learning_rate, momentum=self.momentum)
         step = StepLoss(module, trainer.precision_plugin)
         with step.quiet():
-            for old, new in self._batches(trainer, module):
+            for old, new in self._batches(trainer):
                 optimizer.zero_grad()
                 for point in torch.linspace(0, 1, self.points + 1).tolist():
                     for begin, batch in ((previous, old), (trained, new)):
@@ -181,24 +181,30 @@ class ModeConnectivity(Callback):
                 )
             write_weights(module, {**trained, **{name: tensor.detach() for name, tensor in found.items()}})
             if has_batch_norm(module):
-                reestimate_batch_norm(
-                    module, step, [batch for pair in self._batches(trainer, module) for batch in pair]
-                )
+                reestimate_batch_norm(module, step, [batch for pair in self._batches(trainer) for batch in pair])
 
-    def _batches(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> Iterator[tuple[Any, Any]]:
+    def _batches(self, trainer: "pl.Trainer") -> Iterator[tuple[Any, Any]]:
         """Yield batches of kept examples, each with one of the new task."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         generator = torch.Generator().manual_seed(self.seed + self.n_tasks)
         old, new = data.kept_examples(data.task), data.new_examples(data.task)
-        fresh = cycle(torch.randperm(len(new[1]), generator=generator).split(self.batch_size))
+        fresh = cycle(_parts(torch.randperm(len(new[1]), generator=generator), self.batch_size))
         for _ in range(self.epochs):
-            for chosen in torch.randperm(len(old[1]), generator=generator).split(self.batch_size):
-                yield _at(old, chosen, module.device), _at(new, next(fresh), module.device)
+            for chosen in _parts(torch.randperm(len(old[1]), generator=generator), self.batch_size):
+                yield as_trained(trainer, _at(old, chosen)), as_trained(trainer, _at(new, next(fresh)))
 
 
 def _copied(module: "pl.LightningModule") -> dict[str, Tensor]:
     return {name: tensor.cpu().clone() for name, tensor in weights_of(module).items()}
 
 
-def _at(examples: tuple[Tensor, ...], chosen: Tensor, device: torch.device) -> list[Tensor]:
-    return [part[chosen].to(device) for part in examples]
+def _parts(order: Tensor, size: int) -> list[Tensor]:
+    """Cut an order into batches; a rest of one, of which BatchNorm has no statistics, goes into the last."""
+    parts = list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def _at(examples: tuple[Tensor, ...], chosen: Tensor) -> list[Tensor]:
+    return [part[chosen] for part in examples]

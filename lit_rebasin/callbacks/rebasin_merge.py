@@ -14,7 +14,7 @@ from lit_rebasin.callbacks.averages import check_averages, restart_averages, tak
 from lit_rebasin.callbacks.report import log_merge, log_refusal, log_settings
 from lit_rebasin.callbacks.settings import MergeSettings, Method
 from lit_rebasin.callbacks.start import Start
-from lit_rebasin.callbacks.step_loss import StepLoss, draw_batches
+from lit_rebasin.callbacks.step_loss import StepLoss, as_trained, draw_batches
 from lit_rebasin.callbacks.task_merger import TaskMerger
 from lit_rebasin.continual.task_end import epochs_per_task, rewrite_last_checkpoints, task_ends
 
@@ -203,5 +203,6 @@ class RebasinMerge(TaskMerger, Callback):
             return draw_batches(trainer)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         kept = data.kept_examples(data.task + 1)
-        order = torch.randperm(len(kept[1])).chunk(self.settings.batches)  # a merge sees all of it
-        return ([part[chosen].to(trainer.strategy.root_device) for part in kept] for chosen in order)
+        count = min(self.settings.batches, max(1, len(kept[1]) // 2))  # BatchNorm has no statistics of a single example
+        order = torch.randperm(len(kept[1])).tensor_split(count)  # a merge sees all of it
+        return (as_trained(trainer, [part[chosen] for part in kept]) for chosen in order)

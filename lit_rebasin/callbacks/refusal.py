@@ -8,6 +8,8 @@ import torch
 
 from lit_rebasin.merging import NoFiniteLossError
 
+# What errors of matching and merging say of networks whose weights or activations have grown beyond all bounds.
+_NOT_FINITE = ("NaN", "infinity", "must be finite", "non-finite", "invalid numeric entries")
 # What torch says where an allocation fails outside of CUDA, in a RuntimeError of no class of its own.
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -24,9 +26,15 @@ class Refusal:
     kept: Literal["trained", "previous"]
 
 
+def is_of_numbers(error: BaseException) -> bool:
+    """Return whether an error says that there is NaN or infinity where there should be numbers, or a matrix that no solver takes."""
+    told = isinstance(error, (ValueError, RuntimeError)) and any(words in str(error) for words in _NOT_FINITE)
+    return told or isinstance(error, (NoFiniteLossError, torch.linalg.LinAlgError))
+
+
 def reason_of(error: BaseException) -> str | None:
     """Return in words why a merge that ended with an error is to be undone; ``None`` for an error that is none of the merge's."""
-    if isinstance(error, (NoFiniteLossError, WorseMergeError)):
+    if isinstance(error, WorseMergeError) or is_of_numbers(error):
         return str(error).rstrip(".")
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if memory or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)):

@@ -212,17 +212,22 @@ class _NoMetric(nn.Module):
         return super().__getattr__(name)
 
 
-def draw_batches(trainer: "pl.Trainer") -> Generator[Any, None, None]:
-    """Yield the batches of a fresh pass over the training data, on the module's device, as the training gets them."""
-    loader: Any = trainer.train_dataloader
+def as_trained(trainer: "pl.Trainer", batch: Any) -> Any:
+    """Return a batch as the training gets it: in its precision, through the module's hooks, on its device."""
     module = trainer.lightning_module
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, module.device, dataloader_idx=0)
+
+
+def draw_batches(trainer: "pl.Trainer") -> Generator[Any, None, None]:
+    """Yield the batches of a fresh pass over the training data as the training gets them."""
+    loader: Any = trainer.train_dataloader
     with _generators_kept(loader):
         nested = isinstance(loader, (Mapping, list, tuple))
         source = (item[0] for item in CombinedLoader(loader, "max_size_cycle")) if nested else iter(loader)
         for batch in source:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(batch, module.device, dataloader_idx=0)
+            yield as_trained(trainer, batch)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.callbacks.correction import correct
 from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, first_batches, measure
 from lit_rebasin.callbacks.merge import MergeOutcome, merge_task
-from lit_rebasin.callbacks.refusal import Refusal, check_loss, reason_of
+from lit_rebasin.callbacks.refusal import Refusal, check_loss, is_of_numbers, reason_of
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.callbacks.start import begin, check_resettable
 from lit_rebasin.callbacks.step_features import check_readable
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
 from lit_rebasin.callbacks.step_spec import step_spec
-from lit_rebasin.merging import NoFiniteLossError, has_batch_norm
+from lit_rebasin.merging import has_batch_norm
 from lit_rebasin.merging.path import weights_of, write_weights
 from lit_rebasin.symmetry import PermutationSpec, join
 
@@ -191,7 +191,7 @@ class TaskMerger:
             reason = reason_of(error)
             if reason is None:
                 raise
-            if not isinstance(error, NoFiniteLossError) or self._has_loss(step, draw, trained):
+            if not is_of_numbers(error) or self._has_loss(step, draw, trained):
                 return None, Refusal(reason, "trained")
             write_weights(module, self.previous)
             return None, Refusal(reason, "previous")
@@ -246,7 +246,14 @@ class TaskMerger:
             return
         with step.quiet():
             torch.manual_seed(self.settings.seed)
-            self._known.add(measure(self.settings, step, trained, draw))
+            measured = measure(self.settings, step, trained, draw)
+        broken = next((name for name, value in measured.items() if not value.isfinite().all()), None)
+        if broken is not None:
+            raise ValueError(
+                f"The {self.settings.measured} of {broken!r} after the first task is NaN or infinite, and there is no previous model to go "
+                "back to: lower the learning rate."
+            )
+        self._known.add(measured)
 
     @property
     def _share_of_new(self) -> float | None:

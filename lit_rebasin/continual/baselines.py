@@ -94,6 +94,8 @@ BASELINES: dict[str, Callable[..., SupervisedTemplate]] = {
 }
 
 ONE_HEAD = ("der",)
+REPLAYING = ("agem", "replay", "der", "er-ace")
+TASK_BALANCED = ("joint", "cumulative")
 
 
 def run_baseline(
@@ -127,11 +129,19 @@ def run_baseline(
         The accuracy matrix ``(T, T)`` on the data of ``data.val_dataloader()``. Of ``joint`` only the last row is measured, the others are NaN.
 
     Raises:
-        ValueError: If there is no such strategy, the strategy has no such option or knows no heads, or the stream has fewer tasks.
+        ValueError: If there is no such strategy, the strategy has no such option, knows no heads, replays what is not kept or needs larger
+            batches, or the stream has fewer tasks.
     """
     if name in ONE_HEAD and data.n_heads > 1:
         raise ValueError(f"Avalanche's strategy for {name!r} knows no network with a head a task.")
+    if name in REPLAYING and data.replay_per_class == 0:
+        raise ValueError(f"{name!r} replays examples, but the stream keeps none: pass replay_per_class=1 or more.")
     n_tasks = n_tasks or data.n_tasks
+    if name in TASK_BALANCED and data.n_heads > 1 and data.batch_size < n_tasks:
+        raise ValueError(
+            f"batch_size={data.batch_size} is too small for {name!r}, whose batches hold examples of all {n_tasks} tasks where each has "
+            f"a head: pass {n_tasks} or more."
+        )
     if n_tasks > data.n_tasks:
         raise ValueError(f"n_tasks={n_tasks}, but the stream has {data.n_tasks}: pass that many or fewer.")
     datasets = [_dataset(data, task) for task in range(n_tasks)]

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_rebasin.continual.single_examples import check_single_examples, is_of_single_example
+
 
 class ContinualClassifier(LightningModule):
     """Classify a stream of tasks with any backbone, through one head or a head a task.
@@ -40,7 +42,8 @@ class ContinualClassifier(LightningModule):
     Raises:
         ValueError: If ``n_classes`` or ``n_heads`` is below 1, a number is out of range, or several heads are asked for without
             ``n_features``.
-        MisconfigurationException: In ``fit``, if there is distillation, decay or a schedule and the datamodule has no tasks.
+        MisconfigurationException: In ``fit``, if there is distillation, decay or a schedule and the datamodule has no tasks, or if a task has a
+            batch of one example and the backbone has BatchNorm that needs more.
     """
 
     _teacher: "ContinualClassifier | None" = None  # the network after the last task
@@ -91,11 +94,24 @@ class ContinualClassifier(LightningModule):
         heads = [] if n_features is None else [nn.Linear(n_features, n_classes) for _ in range(n_heads)]
         self.heads = nn.ModuleList(heads)
         self.optimizer = optimizer
-        self.accuracy = MulticlassAccuracy(n_classes, average="micro")
+        # torchmetrics refuses a single class, with which tasks of one class and a head each are learned.
+        self.accuracy = MulticlassAccuracy(n_classes, average="micro", validate_args=n_classes > 1)
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
         """Return the logits ``(B, n_classes)`` of images ``x``; ``task`` (B,) picks the head of each where there are several."""
-        return self._read_out(self.backbone(x), task)
+        return self._read_out(self._features(x), task)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Return what the backbone makes of images."""
+        try:
+            return self.backbone(x)
+        except ValueError as error:
+            if len(x) != 1 or not is_of_single_example(error):
+                raise
+            raise ValueError(
+                "The backbone was given a batch of one example, of which its normalization has no statistics: pass a batch_size that leaves no "
+                "rest of one, and keep two examples or more for replay."
+            ) from error
 
     def _read_out(self, features: Tensor, task: Tensor | None) -> Tensor:
         """Return the logits of what the backbone made of images."""
@@ -128,8 +144,9 @@ class ContinualClassifier(LightningModule):
         return output
 
     def on_fit_start(self) -> None:
-        """Refuse a datamodule without tasks, if something depends on them."""
+        """Refuse a datamodule without tasks, if something depends on them, and one with batches that the backbone does not take."""
         self._check_data()
+        check_single_examples(self.backbone, self._data())
 
     def on_train_epoch_start(self) -> None:
         """Keep a copy of the network as it is when a task begins."""
@@ -145,7 +162,7 @@ class ContinualClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch ``(x, y, task)``: cross-entropy, and how far the network is from the one after the last task."""
         x, y, task = batch
-        features = self.backbone(x)
+        features = self._features(x)
         logits = self._read_out(features, task)
         losses = cross_entropy(logits, y, reduction="none")
         loss = losses.mean() if self.weighting == "examples" else (_shares_of_tasks(task, losses) * losses).sum()
@@ -201,7 +218,7 @@ class ContinualClassifier(LightningModule):
                 return features.new_zeros(())
             if self.mixup:
                 x = _mixtures(x[old], x[~old])
-                features = self.backbone(x)
+                features = self._features(x)
             else:
                 x, features = x[old], features[old]
         with torch.no_grad():

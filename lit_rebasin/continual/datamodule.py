@@ -15,9 +15,12 @@ from typing_extensions import override
 from lit_rebasin.continual.batches import EvaluationBatches, Examples, MixedBatches, MixedExamples, RankBatches
 from lit_rebasin.continual.replay import choose_replay
 from lit_rebasin.continual.streams import Stream, make_stream
+from lit_rebasin.continual.trainer_checks import check_trainer
 
 EVALUATION_BATCH = 2048
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
+# What else a user can do where a task has no examples of a kind.
+_OTHER_WAYS = {"training": " or validation_fraction", "held-back": " or a larger validation_fraction"}
 
 
 class ContinualDataModule(LightningDataModule):
@@ -126,35 +129,14 @@ class ContinualDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Check the Trainer against the stream, before anything is trained."""
+        """Check the tasks, and the Trainer against the stream, before anything is trained."""
         if stage != "fit" or self.trainer is None:
             return
+        for task in range(self.n_tasks):
+            self._check_not_empty(task, len(self._split(task)[0]), "training")
         self._trained_task = None
         self.task = self.first_task  # Lightning asks for optimizers before it asks for loaders
-        trainer: Any = self.trainer  # some of what it sets in its constructor is not declared
-        max_epochs, every = trainer.max_epochs, trainer.reload_dataloaders_every_n_epochs
-        if trainer.overfit_batches:
-            raise MisconfigurationException(
-                "Trainer(overfit_batches) would replace the replay of this datamodule by batches of its own: "
-                "use limit_train_batches for a short trial."
-            )
-        if trainer.fast_dev_run or max_epochs is None:
-            return
-        if max_epochs == -1 and trainer.max_steps != -1:
-            raise MisconfigurationException(
-                f"Trainer(max_steps={trainer.max_steps}) does not say how many tasks to train, because a task lasts epochs_per_task epochs: "
-                f"pass max_epochs={self.n_tasks * self.epochs_per_task} for the whole stream, or a smaller multiple of epochs_per_task."
-            )
-        if max_epochs % self.epochs_per_task or not 0 < max_epochs <= self.n_tasks * self.epochs_per_task:
-            raise MisconfigurationException(
-                f"Trainer(max_epochs={max_epochs}) does not fit epochs_per_task={self.epochs_per_task} and n_tasks={self.n_tasks}: "
-                f"pass max_epochs={self.n_tasks * self.epochs_per_task} for the whole stream, or a smaller multiple of epochs_per_task."
-            )
-        if max_epochs > self.epochs_per_task and (every == 0 or self.epochs_per_task % every):
-            raise MisconfigurationException(
-                f"Trainer(reload_dataloaders_every_n_epochs={every}) would not move on to the next task after "
-                f"epochs_per_task={self.epochs_per_task} epochs: pass reload_dataloaders_every_n_epochs=1."
-            )
+        check_trainer(self.trainer, self.n_tasks, self.epochs_per_task)
 
     @override
     def train_dataloader(self) -> DataLoader[Examples]:
@@ -187,6 +169,13 @@ class ContinualDataModule(LightningDataModule):
     def batches_of(self, task: int) -> int:
         """Return how many batches an epoch of a task has."""
         return -(-len(self._split(task)[0]) // self.batch_size)
+
+    def smallest_batch(self, task: int) -> int:
+        """Return how many examples, replayed ones among them, the smallest training batch of a task has."""
+        n = len(self._split(task)[0])
+        rest = n % self.batch_size
+        replays = task > 0 and self.mixes_replay and self.replay_per_class > 0
+        return (rest or min(n, self.batch_size)) * (2 if replays else 1)
 
     def new_examples(self, task: int) -> Examples:
         """Return images, labels and task indices of all that a task brings to train on, nothing replayed."""
@@ -262,9 +251,14 @@ class ContinualDataModule(LightningDataModule):
 
     def _examples(self, task: int, data: tuple[Tensor, Tensor], what: str) -> Examples:
         x, y = data
-        if len(y) == 0:
-            raise ValueError(f"Task {task} of {self.stream.name} has no {what} examples.")
+        self._check_not_empty(task, len(y), what)
         return x, y, torch.full_like(y, task)
+
+    def _check_not_empty(self, task: int, n: int, what: str) -> None:
+        if n == 0:
+            raise ValueError(
+                f"Task {task} of {self.stream.name} has no {what} examples: pass a smaller n_tasks{_OTHER_WAYS.get(what, '')}."
+            )
 
     def _training_data(self, task: int) -> tuple[Examples, Examples | None]:
         if self._current is None or self._current[0] != task:

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lit_rebasin.alignment import SinkhornRebasin, incremental_cost
 from lit_rebasin.continual.classifier import ContinualClassifier
+from lit_rebasin.continual.single_examples import check_single_examples
 from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
 from lit_rebasin.symmetry import permutation_spec, permute
 from lit_rebasin.transport.arguments import check_positive
@@ -40,6 +42,9 @@ class RebasinIL(LightningModule):
 
     Raises:
         ValueError: If a number is out of range.
+        MisconfigurationException: In ``fit``, if the network has nothing to permute, or if a task has a batch of one example and the network
+            has BatchNorm that needs more.
+        RuntimeError: In ``fit``, if training a task leaves NaN or infinity.
     """
 
     def __init__(
@@ -80,17 +85,16 @@ class RebasinIL(LightningModule):
         """Make the optimizers of a task; called again whenever the stream moves to its next one."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.task == 0:  # of an earlier fit nothing is left
-            self.rebasin, self.residual, self._spec = None, nn.ParameterDict(), None
+            self.rebasin, self.residual = None, nn.ParameterDict()
+            self._spec = permutation_spec(self.classifier, *self._example(data))
             return self.classifier.optimizer(self.classifier.parameters())
-        if self._spec is None:
-            self._spec = permutation_spec(self.classifier, *_example(data, self.device))
         seed = self.seed + data.task
         generator = torch.Generator().manual_seed(seed)
         self.rebasin = SinkhornRebasin(self._spec, sharpness=1.0, noise=0.1, seed=seed).to(self.device)
         self.residual = nn.ParameterDict()
         for name, parameter in self.classifier.named_parameters():
             start = 1e-4 * torch.randn(parameter.shape, generator=generator)
-            self.residual[_key(name)] = nn.Parameter(start.to(self.device))
+            self.residual[_key(name)] = nn.Parameter(start.to(parameter))
         return [
             torch.optim.AdamW(self.rebasin.parameters(), lr=self.learning_rate),
             torch.optim.SGD(
@@ -98,13 +102,26 @@ class RebasinIL(LightningModule):
             ),
         ]
 
+    def on_fit_start(self) -> None:
+        """Refuse a network without permutations, and a datamodule with batches that it does not take."""
+        if not self._spec.groups:
+            reasons = "; ".join(sorted(set(self._spec.fixed.values())))
+            raise MisconfigurationException(
+                f"RebasinIL trains permutations, but the network has no permutable group. Why its axes are fixed: {reasons}."
+            )
+        check_single_examples(self.classifier.backbone, getattr(self.trainer, "datamodule", None))
+
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Take a step: of the network in the first task, of permutations and residual in later ones."""
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = self._loss(batch)
+        try:
+            loss = self._loss(batch)
+        except ValueError:  # of a soft permutation of NaN
+            self._check_finite(int(batch[2].max()))
+            raise
         self.manual_backward(loss)
         if self.rebasin is not None:
             nn.utils.clip_grad_value_(self.residual.parameters(), self.residual_clip)
@@ -124,6 +141,7 @@ class RebasinIL(LightningModule):
         ends = self.trainer.is_last_batch and (self.trainer.current_epoch + 1) % data.epochs_per_task == 0
         if not ends:
             return
+        self._check_finite(data.task)
         if self.rebasin is not None:
             self._merge(self.rebasin)
             if has_batch_norm(self.classifier):
@@ -136,6 +154,19 @@ class RebasinIL(LightningModule):
         logits = self(x, task)
         self.log("val_loss", cross_entropy(logits, y), batch_size=len(y), sync_dist=True)
         self.log("val_acc", self.classifier.accuracy(logits, y), batch_size=len(y), sync_dist=True)
+
+    def _check_finite(self, task: int) -> None:
+        """Refuse to go on with weights that training has broken."""
+        for name, tensor in self.named_parameters():
+            if not tensor.isfinite().all():
+                raise RuntimeError(
+                    f"Training left NaN or infinity in {name!r} after task {task}: lower the learning rates, of the classifier's optimizer too."
+                )
+
+    def _example(self, data: Any) -> list[Tensor]:
+        """Return the inputs of a pass through the classifier."""
+        x = self.trainer.precision_plugin.convert_input(torch.zeros(2, *data.input_shape, device=self.device))
+        return [x] if data.n_heads == 1 else [x, torch.zeros(2, dtype=torch.long, device=self.device)]
 
     def _run(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         found: Tensor = self(batch[0], batch[2])
@@ -175,11 +206,6 @@ class RebasinIL(LightningModule):
 def check_rebasin_il(options: Mapping[str, Any]) -> None:
     """Raise what :class:`RebasinIL` raises for arguments that it does not take, before there is a network."""
     RebasinIL(ContinualClassifier(nn.Identity()), **options)
-
-
-def _example(data: Any, device: torch.device) -> list[Tensor]:
-    x = torch.zeros(2, *data.input_shape, device=device)
-    return [x] if data.n_heads == 1 else [x, torch.zeros(2, dtype=torch.long, device=device)]
 
 
 def _key(name: str) -> str:

@@ -182,7 +182,8 @@ def _arrays(name: str, n_tasks: int, scenario: Scenario, data_dir: str | None, d
     scaled = base.x_train.float() / (255 if base.x_train.dtype == torch.uint8 else 1)
     dims = [dim for dim in range(scaled.ndim) if dim != 1]
     mean = tuple(scaled.mean(dims).tolist())
-    std = tuple(scaled.std(dims).clamp_min(1e-6).tolist())
+    several = scaled[:, 0].numel() > 1  # a single pixel has no deviation
+    std = tuple(scaled.std(dims, correction=int(several)).clamp_min(1e-6).tolist())
     if scenario != "domain":
         return _split(name, n_tasks, scenario, base, mean, std, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -204,21 +205,32 @@ def _split(
     std: tuple[float, ...],
     seed: int,
 ) -> Stream:
-    """Give each task classes of its own, in Avalanche's order for the seed; a remainder goes to the last tasks."""
-    n_classes = int(base.y_train.max()) + 1
-    if n_tasks > n_classes:
-        raise ValueError(f"{name} has {n_classes} classes, which cannot be split over n_tasks={n_tasks}.")
-    order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(seed))
-    counts = [n_classes // n_tasks + (task >= n_tasks - n_classes % n_tasks) for task in range(n_tasks)]
+    """Give each task classes of its own, in Avalanche's order for the seed; a remainder goes to the last tasks.
+
+    Labels that no training example has are of no class.
+    """
+    present = base.y_train.unique()
+    missing = base.y_test[~torch.isin(base.y_test, present)]
+    if len(missing):
+        raise ValueError(
+            f"{name}: y_test holds class {int(missing[0])}, which y_train lacks, so it is of no task: leave its examples out."
+        )
+    if n_tasks > len(present):
+        raise ValueError(
+            f"{name} has {len(present)} classes, which cannot be split over n_tasks={n_tasks}: pass {len(present)} or fewer."
+        )
+    order = present[torch.randperm(len(present), generator=torch.Generator().manual_seed(seed))]
+    counts = [len(present) // n_tasks + (task >= n_tasks - len(present) % n_tasks) for task in range(n_tasks)]
+    n_outputs = int(present.max()) + 1
     recipes = []
     for classes in order.split(counts):
         labels = None
         if scenario == "task":
-            labels = torch.full((n_classes,), -1)
+            labels = torch.full((n_outputs,), -1)
             labels[classes] = torch.arange(len(classes))
         chosen = [torch.isin(y, classes).nonzero()[:, 0] for y in (base.y_train, base.y_test)]
         recipes.append(TaskRecipe(chosen[0], chosen[1], labels=labels))
-    return Stream(name, scenario, max(counts) if scenario == "task" else n_classes, base, tuple(recipes), mean, std)
+    return Stream(name, scenario, max(counts) if scenario == "task" else n_outputs, base, tuple(recipes), mean, std)
 
 
 def _mnist(name: str, data_dir: str | None, download: bool) -> tuple[Arrays, tuple[float, ...], tuple[float, ...]]:

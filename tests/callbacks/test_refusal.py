@@ -77,6 +77,42 @@ def test_a_merge_that_runs_out_of_memory_is_undone(tmp_path, monkeypatch, error)
     assert "alpha" in merge.history[-1]  # with what was kept
 
 
+class Endless(Plain):
+    """Its loss may be infinite, though its weights are not."""
+
+    added = 0.0
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.added
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge"),
+        ValueError("previous_moments['net.0.weight'] must be finite: the inputs of the layer hold NaN or infinity."),
+        ValueError("gain holds a NaN or an infinity, so it has no best permutation."),
+        ValueError("matrix contains invalid numeric entries"),
+    ],
+)
+@pytest.mark.parametrize("diverges", [False, True])
+def test_a_merge_that_meets_infinity_is_undone(tmp_path, monkeypatch, error, diverges):
+    """What is kept is the trained network, or the previous one where the trained has no loss."""
+    monkeypatch.setattr(METHOD, run_out(error))
+    merge, module, held = RebasinMerge(0.5), Endless(), Held()
+    make_trainer(tmp_path, held, merge).fit(module, batches(0))
+    previous = tensors(module.net)
+    module.added = float("inf") if diverges else 0.0
+    with pytest.warns(UserWarning, match="merge after task 1 is refused"):
+        make_trainer(tmp_path, held, merge).fit(module, batches(1))
+    assert merge.history[0]["kept"] == ("previous" if diverges else "trained")
+    assert merge.history[0]["refused"] == str(error).rstrip(".")
+    if not diverges:
+        assert same(module.net, held.trained)
+    else:
+        assert all(torch.equal(tensor, previous[name]) for name, tensor in tensors(module.net).items())
+
+
 def test_other_errors_leave_the_trained_network_and_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(METHOD, run_out(RuntimeError("a fault of the method")))
     merge, module, held = RebasinMerge(0.5), Plain(), Held()

@@ -84,6 +84,21 @@ def test_der_knows_one_head(tmp_path):
         run_baseline("der", network(data), data)
 
 
+@pytest.mark.parametrize("name", ["agem", "replay", "der", "er-ace"])
+def test_replay_needs_kept_examples(name):
+    data = stream(replay_per_class=0)
+    with pytest.raises(ValueError, match=rf"'{name}' replays examples, .* pass replay_per_class=1 or more"):
+        run_baseline(name, network(data), data)
+
+
+@pytest.mark.parametrize("name", ["joint", "cumulative"])
+def test_a_head_a_task_needs_batches_that_hold_all_tasks(name):
+    data = stream(batch_size=2)
+    data.stream = replace(data.stream, scenario="task")
+    with pytest.raises(ValueError, match=rf"batch_size=2 is too small for '{name}'.* all 3 tasks .* pass 3 or more"):
+        run_baseline(name, network(data), data)
+
+
 @pytest.mark.parametrize("name", ["finetune", "ewc", "lwf", "agem", "replay", "er-ace", "cumulative", "joint"])
 def test_a_head_a_task(name, tmp_path):
     import numpy as np

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -245,6 +247,15 @@ def test_empty_task(tmp_path):
     data = ContinualDataModule("arrays", n_tasks=2, data_dir=str(tmp_path / "a.npz"))
     with pytest.raises(ValueError, match=r"Task \d of arrays has no test examples"):
         data.val_dataloader()
+
+
+def test_a_later_task_without_examples_is_refused_before_training():
+    module, data = Learner(), digits()
+    last = replace(data.stream.recipes[2], train=torch.arange(0))
+    data.stream = replace(data.stream, recipes=(*data.stream.recipes[:2], last))
+    with pytest.raises(ValueError, match="Task 2 of rotated-digits has no training examples: pass a smaller n_tasks"):
+        trainer(6).fit(module, datamodule=data)
+    assert module.batches == []
 
 
 def test_replay_is_a_function_of_the_seed():

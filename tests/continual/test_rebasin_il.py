@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -144,8 +145,10 @@ def test_the_same_seed_gives_the_same_network():
 
 def test_without_permutations_to_find_it_says_so():
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="no permutation group"):
-        fit(RebasinIL(ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))))
+    watch = Watch()
+    with pytest.raises(MisconfigurationException, match=r"no permutable group\. Why its axes are fixed"):
+        fit(RebasinIL(ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))), callbacks=[watch])
+    assert watch.seen == []
 
 
 def test_batch_norm_gets_statistics_of_the_merge():

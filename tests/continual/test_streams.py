@@ -88,6 +88,38 @@ def test_arrays_split_drops_no_class(tmp_path, scenario):
     assert (labels == [[0], [0, 1], [0, 1]]) == (scenario == "task")
 
 
+def write_labels(path, train, test):
+    x = np.random.default_rng(0).random((max(len(train), len(test)), 4, 4)).astype(np.float32)
+    np.savez(path, x_train=x[: len(train)], y_train=train, x_test=x[: len(test)], y_test=test)
+    return str(path)
+
+
+@pytest.mark.parametrize("scenario", ["class", "task"])
+def test_labels_that_skip_make_no_task_without_examples(tmp_path, scenario):
+    path = write_labels(tmp_path / "a.npz", np.array([3, 7, 40, 3]), np.array([40, 7, 3]))
+    ours = stream("arrays", 3, scenario, path)
+    found = [(ours.train(task)[1].unique().tolist(), ours.test(task)[1].tolist()) for task in range(3)]
+    expected = [0, 0, 0] if scenario == "task" else [3, 7, 40]
+    assert sorted(found) == [([label], [label]) for label in expected]
+    assert ours.n_classes == (1 if scenario == "task" else 41)
+    with pytest.raises(ValueError, match=r"has 3 classes, which cannot be split over n_tasks=4: pass 3 or fewer"):
+        stream("arrays", 4, scenario, path)
+
+
+def test_a_class_of_the_test_alone_is_of_no_task(tmp_path):
+    path = write_labels(tmp_path / "a.npz", np.array([0, 1, 3]), np.array([0, 2, 3]))
+    with pytest.raises(ValueError, match="y_test holds class 2, which y_train lacks"):
+        stream("arrays", 2, "class", path)
+    assert len(stream("arrays", 2, "domain", path).recipes) == 2
+
+
+def test_a_single_pixel_is_normalised_to_a_number(tmp_path):
+    images = np.full((1, 1, 1), 0.5, np.float32)
+    labels = np.array([0])
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    assert stream("arrays", 1, "class", str(tmp_path / "a.npz")).train(0)[0].tolist() == [[[[0.0]]]]
+
+
 def test_arrays_as_domains_share_no_example(tmp_path):
     ours = stream("arrays", 4, "domain", write_npz(tmp_path / "a.npz"))
     kept = torch.cat([recipe.train for recipe in ours.recipes]).sort().values
