@@ -104,7 +104,7 @@ class ContinualClassifier(LightningModule):
     def _features(self, x: Tensor) -> Tensor:
         """Return what the backbone makes of images."""
         try:
-            return self.backbone(x)
+            features: Tensor = self.backbone(x)
         except ValueError as error:
             if len(x) != 1 or not is_of_single_example(error):
                 raise
@@ -112,6 +112,7 @@ class ContinualClassifier(LightningModule):
                 "The backbone was given a batch of one example, of which its normalization has no statistics: pass a batch_size that leaves no "
                 "rest of one, and keep two examples or more for replay."
             ) from error
+        return features
 
     def _read_out(self, features: Tensor, task: Tensor | None) -> Tensor:
         """Return the logits of what the backbone made of images."""
