@@ -247,7 +247,7 @@ def test_an_optimizer_is_tried_before_anything_is_written(tmp_path, capsys):
     words = ["--methods=replay", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=-1"]
     assert run(tmp_path / "out", *words)[0] == 2
     assert "model.optimizer: Invalid learning rate: -1.0" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_goes_before_the_file_wherever_it_stands(tmp_path):
