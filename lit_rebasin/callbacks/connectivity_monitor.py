@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -185,18 +186,15 @@ def _parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, T
 
 def _dimensions(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the effective dimension of every layer's neurons, and the width that the theory bounds where it speaks of such networks."""
-    dimensions = {
-        name: effective_dimension(points) for name, points in layer_neurons(module, weights).items() if len(points) > 1
-    }
+    clouds = layer_neurons(module, weights)
+    dimensions = {name: effective_dimension(points) for name, points in clouds.items() if len(points) > 1}
     found = {f"connectivity/effective_dimension/{name}": dimension for name, dimension in dimensions.items()}
     if all(isinstance(part, _COVERED) for part in module.modules() if _is_layer(part)):
-        hidden = list(dimensions.items())[:-1]
-        found |= {
-            f"connectivity/log10_width_bound/{name}": width_bound(dimension, _ERROR) for name, dimension in hidden
-        }
+        hidden = [name for name in list(clouds)[:-1] if name in dimensions]
+        found |= {f"connectivity/log10_width_bound/{name}": width_bound(dimensions[name], _ERROR) for name in hidden}
     return found
 
 
 def _is_layer(part: nn.Module) -> bool:
-    """Return whether a module computes something by itself."""
-    return not isinstance(part, Metric) and not any(True for _ in part.children())
+    """Return whether a module computes something of the network by itself."""
+    return not isinstance(part, Metric | _Loss) and not any(True for _ in part.children())

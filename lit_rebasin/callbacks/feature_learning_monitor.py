@@ -18,7 +18,7 @@ from lit_rebasin.continual.task_end import task_ends
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.metrics import FeatureSpeed, feature_speed_figure, recorded
 from lit_rebasin.metrics.hessian import checked_loss
-from lit_rebasin.metrics.tracks import SEQUENTIAL, WEIGHTED
+from lit_rebasin.metrics.tracks import SEQUENTIAL, WEIGHTED, trained_modules
 
 # A layer whose features change by less than this share of what those of the fastest layer do stands still.
 _STILL = 1e-4
@@ -162,7 +162,12 @@ class FeatureLearningMonitor(Monitor):
 
 def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
     gradients: dict[str, Tensor] = {}
-    parameters = {name: parameter for name, parameter in step.module.named_parameters() if parameter.requires_grad}
+    # Copies, for the user's own hooks are on the parameters.
+    parameters = {
+        name: parameter.detach().requires_grad_()
+        for name, parameter in step.module.named_parameters()
+        if parameter.requires_grad
+    }
     with recorded(step.module, _layers(step), gradients) as calls, torch.enable_grad():
         loss = checked_loss(step.at({**weights_of(step.module), **parameters}, batch))
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -174,4 +179,4 @@ def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tenso
 
 
 def _layers(step: StepLoss) -> list[str]:
-    return [name for name, module in step.module.named_modules() if isinstance(module, (*WEIGHTED, *SEQUENTIAL))]
+    return [name for name, module in trained_modules(step.module) if isinstance(module, (*WEIGHTED, *SEQUENTIAL))]

@@ -81,16 +81,17 @@ class GeodesicMonitor(Monitor):
         self._points = {}
         with torch.no_grad():
             # All layers are looked at with two examples, for those that a track goes through are few of them.
-            with recorded(step.module) as calls:
+            with recorded(step.module, self.layers) as calls:
                 step.loss(first_examples(batch, 2))
             tracks_of(calls, self.layers)
             self.tracks = track_layers(calls) if self.layers is None else {self.layers[0]: self.layers}
             with recorded(step.module, [name for names in self.tracks.values() for name in names]) as calls:
                 step.loss(batch)
-        tracks = {name: same_space(track) for name, track in tracks_of(calls, self.layers).items()}
+        found = tracks_of(calls, self.layers)
+        tracks = {name: same_space(track) for name, track in found.items()}
         numbers: dict[str, float] = {}
         for name, track in tracks.items():
-            score, own = optimal_transport_score(track[0], track[-1])
+            score, own = optimal_transport_score(*same_space([found[name][0], found[name][-1]]))
             numbers[f"geodesic/line_shape_score/{name}"] = float(line_shape_scores(track).mean())
             numbers[f"geodesic/optimal_transport_score/{name}"] = score
             numbers[f"geodesic/matched/{name}"] = own

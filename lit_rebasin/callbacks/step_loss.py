@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lit_rebasin.merging.path import weights_of
-from lit_rebasin.symmetry import attributes_kept
+from lit_rebasin.symmetry import attributes_kept, contents_kept
 
 
 class NoLossError(ValueError):
@@ -126,7 +126,8 @@ class StepLoss(nn.Module):
     def quiet(self) -> Iterator[None]:
         """Set logging, metrics, training modes, the module's own notes and the global random state aside, and put them back."""
         modes = {module: module.training for module in self.module.modules()}
-        with self._attributes_kept(), self._replaced(_copied), _random_state_kept(), _alone(self.module):
+        notes = contents_kept(self._noting())
+        with notes, self._attributes_kept(), self._replaced(_copied), _random_state_kept(), _alone(self.module):
             object.__setattr__(self.module, "log", self._keep)  # log_dict calls it, too
             self.module.eval()
             for module, training in modes.items():
@@ -136,7 +137,10 @@ class StepLoss(nn.Module):
 
     def _attributes_kept(self) -> AbstractContextManager[None]:
         """Put back what a step notes on the module or caches of its weights; a metric has to see several batches."""
-        return attributes_kept(part for part in self.module.modules() if not isinstance(part, Metric))
+        return attributes_kept(self._noting())
+
+    def _noting(self) -> list[nn.Module]:
+        return [part for part in self.module.modules() if not isinstance(part, Metric)]
 
     @contextmanager
     def silent(self) -> Iterator[None]:

@@ -44,17 +44,22 @@ def recorded(
 
     Of recurrent layers and of attention, which give out more, it is the features.
 
-    Parts that are frozen, such as the copy of a network that another is distilled from, are left out.
-
     Args:
         root: Its parts are listened to.
-        wanted: Names of the modules to listen to. Default: all.
+        wanted: Names of the modules to listen to. Default: all but parts that are frozen, such as the copy of a network that another is
+            distilled from.
         gradients: Filled with the gradients of the outputs by the name of the module, by any backward pass through what was recorded.
     """
     calls: list[Call] = []
     met: set[nn.Module] = set()
     # With how often they had been written to, for a later layer may work in place.
     outputs: list[tuple[str, Tensor, int]] = []
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Before the call, which may work in place.
+        if module not in met and args and isinstance(args[0], Tensor) and args[0].ndim > 1:
+            inputs[module] = args[0].detach().clone()
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -66,17 +71,18 @@ def recorded(
             earlier = (of for of, known, version in outputs if output is known and output._version == version)
             origin = next(earlier, name)
             outputs.append((name, output, output._version))
-            given = args[0].detach().clone() if args and isinstance(args[0], Tensor) and args[0].ndim > 1 else None
             turn = _samples_first(module)
-            given = turn(given) if given is not None else None
+            given = turn(inputs[module]) if module in inputs else None
             calls.append(Call(name, module, given, turn(output.detach()).clone(), origin))
             if gradients is not None and output.requires_grad:
                 output.register_hook(lambda gradient: gradients.update({name: turn(gradient.detach())}))
 
         return hook
 
-    parts = [(name, module) for name, module in _trained(root) if wanted is None or name in wanted]
-    handles = [module.register_forward_hook(note(name)) for name, module in parts]
+    known = trained_modules(root) if wanted is None else root.named_modules()
+    parts = {name: module for name, module in known if wanted is None or name in wanted}
+    handles = [module.register_forward_pre_hook(keep_input) for module in parts.values()]
+    handles += [module.register_forward_hook(note(name)) for name, module in parts.items()]
     try:
         yield calls
     finally:
@@ -147,14 +153,14 @@ def _samples_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda points: points.transpose(0, 1) if turned and points.ndim == 3 else points
 
 
-def _trained(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def trained_modules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield all modules by name but for those of frozen parts; the root itself is none of its layers."""
     for name, child in root.named_children():
         parameters = list(child.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             continue
         yield prefix + name, child
-        yield from _trained(child, f"{prefix}{name}.")
+        yield from trained_modules(child, f"{prefix}{name}.")
 
 
 def _through(calls: Sequence[Call], layers: Sequence[str]) -> list[Tensor]:

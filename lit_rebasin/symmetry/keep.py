@@ -1,14 +1,16 @@
 """Leave a module as it was found."""
 
-import copy
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+_OWN = ("_parameters", "_buffers", "_modules")  # what makes a module, and nothing that it notes down
 
 
 @contextmanager
@@ -30,6 +32,34 @@ def attributes_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
                 _refill(value, content)
 
 
+@contextmanager
+def contents_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what tensors and arrays among the attributes of modules hold, and what is in containers within containers.
+
+    It copies all of them, which `attributes_kept` does not; weights and buffers are left alone.
+
+    Args:
+        parts: The modules themselves; those inside them only if they are listed too.
+    """
+    parts = list(parts)
+    seen = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+    waiting = [value for part in parts for name, value in vars(part).items() if name not in _OWN]
+    kept = []
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, list, tuple, set, deque)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+        kept.append((value, _content(value) if not isinstance(value, Tensor | np.ndarray) else _numbers(value)))
+    try:
+        yield
+    finally:
+        for value, content in kept:
+            _refill(value, content)
+
+
 def use_batch_statistics(network: nn.Module) -> None:
     """Put the BatchNorm layers that keep running statistics in training mode, all else as it is: a merge has no statistics of its own yet."""
     for module in network.modules():
@@ -41,7 +71,16 @@ def _content(value: Any) -> Any:
     """Return what an attribute holds, if a call may change it in place."""
     if isinstance(value, torch.Generator):
         return value.get_state()
-    return copy.copy(value) if type(value) in (dict, OrderedDict, defaultdict, list, set, deque) else None
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, (list, set, deque)) else None
+
+
+def _numbers(value: Tensor | np.ndarray) -> Any:
+    """Return a copy of numbers, and of tensors the count of what was written to them."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    return None if value.is_inference() else (value.detach().clone(), value._version)
 
 
 def _refill(value: Any, content: Any) -> None:
@@ -49,6 +88,13 @@ def _refill(value: Any, content: Any) -> None:
         return
     if isinstance(value, torch.Generator):
         value.set_state(content)
-        return
-    value.clear()
-    (value.extend if isinstance(value, (list, deque)) else value.update)(content)
+    elif isinstance(value, np.ndarray):
+        value[...] = content
+    elif isinstance(value, Tensor):
+        numbers, version = content
+        if value._version != version:
+            with torch.no_grad():
+                value.copy_(numbers)
+    else:
+        value.clear()
+        (value.extend if isinstance(value, (list, deque)) else value.update)(content)

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -70,6 +70,38 @@ def test_what_is_merged_is_the_average_and_what_is_left_is_the_merge(tmp_path, m
     assert len(merge.history) == 1
 
 
+class EpochMean(WeightAveraging):
+    """The mean of the weights at the ends of epochs, from one on."""
+
+    def __init__(self, begins):
+        super().__init__()
+        self.begins = begins
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return epoch_idx is not None and epoch_idx >= self.begins
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["average first", "merge first"])
+def test_an_average_by_epochs_has_the_last_one(tmp_path, first):
+    alone, module, merge = Plain(), Plain(), RebasinMerge(alpha=0.5)
+    make_trainer(tmp_path, EpochMean(2), max_epochs=EPOCHS).fit(alone, whole())
+    for task in range(2):
+        callbacks = [EpochMean(2), merge]
+        make_trainer(tmp_path, *(callbacks if first else callbacks[::-1]), max_epochs=EPOCHS).fit(module, whole())
+        for name, parameter in parameters(module).items():
+            torch.testing.assert_close(parameter, merge.previous[name])
+            if task == 0:
+                torch.testing.assert_close(parameter, parameters(alone)[name])
+
+
+def test_an_average_that_has_not_begun_is_not_taken(tmp_path):
+    plain, module, merge = Plain(), Plain(), RebasinMerge(alpha=0.5)
+    make_trainer(tmp_path, max_epochs=EPOCHS).fit(plain, whole())
+    make_trainer(tmp_path, EpochMean(2 * EPOCHS), merge, max_epochs=EPOCHS).fit(module, whole())
+    for name, parameter in parameters(module).items():
+        torch.testing.assert_close(parameter, parameters(plain)[name])
+
+
 def classifier():
     return ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)))
 
@@ -79,11 +111,20 @@ def stream():
 
 
 def test_in_a_stream_every_task_has_an_average_of_its_own(tmp_path):
+    class Counts(pl.Callback):
+        """How many networks the average is of after the first step of a task, which begins with fresh weights."""
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                counts.append(int(average._average_model.n_averaged))
+
     torch.manual_seed(0)
+    counts, average = [], EMAWeightAveraging(decay=0.9)
     module, merge = classifier(), RebasinMerge(alpha=0.5, start="fresh")
     options = {"reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0, "max_epochs": 3}
-    make_trainer(tmp_path, EMAWeightAveraging(decay=0.9), merge, **options).fit(module, datamodule=stream())
+    make_trainer(tmp_path, average, merge, Counts(), **options).fit(module, datamodule=stream())
     assert len(merge.history) == 2
+    assert counts == [1, 1, 1]
     for name, parameter in parameters(module).items():
         torch.testing.assert_close(parameter, merge.previous[name])
 

@@ -212,6 +212,19 @@ def test_effective_dimensions_and_bounds_are_those_of_the_layers(tmp_path):
     assert found["connectivity/log10_width_bound/net.2"] == pytest.approx(bound)
     assert "connectivity/log10_width_bound/head" not in found  # its outputs are no neurons
 
+    class OneOutput(Plain):
+        def __init__(self):
+            super().__init__()
+            self.head, self.criterion = nn.Linear(5, 1), nn.BCEWithLogitsLoss()
+
+        def training_step(self, batch, batch_idx):
+            return self.criterion(self.head(self.net(batch[0]))[:, 0], (batch[1] == 0).float())
+
+    monitor = ConnectivityMonitor()
+    fit(tmp_path, monitor, OneOutput())
+    bounds = [tag for tag in monitor.history[0] if "width_bound" in tag]
+    assert bounds == [f"connectivity/log10_width_bound/net.{n}" for n in (0, 2, 4)]
+
     class Other(Plain):
         def __init__(self):
             super().__init__()

@@ -7,6 +7,7 @@ from torch import nn
 
 from lit_rebasin import (
     GeodesicMonitor,
+    OptimalTransportScore,
     line_shape_scores,
     optimal_transport_score,
 )
@@ -38,6 +39,27 @@ def test_geodesic_layers_are_chosen_by_name(tmp_path):
     assert monitor.tracks == {"net.0": ["net.0", "net.2", "head"]}
     with pytest.raises(MisconfigurationException, match=r"names 'nat', which Plain does not have; it has net, net\.0"):
         fit(tmp_path, GeodesicMonitor(layers=["net.0", "nat", "head"]), Plain())
+
+
+def test_frozen_layers_are_a_track_where_they_are_named(tmp_path):
+    module, monitor = Plain(), GeodesicMonitor(layers=["net.1", "net.3", "net.5"])
+    module.net.requires_grad_(False)
+    fit(tmp_path, monitor, module)
+    assert monitor.tracks == {"net.1": ["net.1", "net.3", "net.5"]}
+    assert len(monitor.history) == 2
+
+
+def test_of_several_widths_the_score_is_that_of_the_metric(tmp_path):
+    module, names, metric = Plain(), ["net.0", "net.2", "head"], OptimalTransportScore()
+    module.net[2], module.net[4] = nn.Linear(5, 7), nn.Linear(7, 5)
+    monitor = GeodesicMonitor(layers=names, examples=40)
+    fit(tmp_path, monitor, module)
+    with torch.no_grad():
+        points = [module.net[:1](X[:40]), module.net[:3](X[:40]), module.head(module.net(X[:40]))]
+    metric.update(points)
+    assert monitor.history[-1]["geodesic/optimal_transport_score/net.0"] == pytest.approx(
+        float(metric.compute()), rel=1e-4
+    )
 
 
 def test_a_trainer_watches_two_tracks(tmp_path):

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -250,6 +251,60 @@ def test_a_step_that_writes_to_a_teacher_or_draws_from_a_generator_is_left_alone
         make_trainer(tmp_path, *monitors, max_epochs=4).fit(module, whole())
         states.append(module.state_dict())
     assert all(monitor.history for monitor in monitors)
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+NOTES = {
+    "tensor": (lambda: torch.zeros(3), lambda note: note.add_(1.0), lambda note: float(note.sum())),
+    "array": (lambda: np.zeros(3), lambda note: np.add(note, 1.0, out=note), lambda note: float(note.sum())),
+    "counter": (collections.Counter, lambda note: note.update(["n"]), lambda note: note["n"]),
+    "nested": (
+        lambda: {"a": [{"n": 0}]},
+        lambda note: note["a"][0].update(n=note["a"][0]["n"] + 1),
+        lambda note: note["a"][0]["n"],
+    ),
+    "within a tuple": (lambda: (torch.zeros(1),), lambda note: note[0].add_(1.0), lambda note: float(note[0])),
+}
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_what_a_step_notes_down_is_put_back(tmp_path, note):
+    make, write, read = NOTES[note]
+
+    class Notes(Plain):
+        def __init__(self):
+            super().__init__()
+            self.note = make()
+
+        def training_step(self, batch, batch_idx):
+            write(self.note)
+            return super().training_step(batch, batch_idx) * (1 + read(self.note))
+
+    states = []
+    for monitors in ([], [kind() for kind in MONITORS]):
+        module = Notes()
+        make_trainer(tmp_path, *monitors).fit(module, whole())
+        assert read(module.note) == pytest.approx(read(make()) + 2 * (3 if note in ("tensor", "array") else 1))
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+def test_hooks_on_the_parameters_are_left_alone(tmp_path):
+    class Hooked(Plain):
+        def __init__(self):
+            super().__init__()
+            self.mean = 0.0
+            self.head.weight.register_hook(self.smoothed)
+
+        def smoothed(self, gradient):
+            self.mean = 0.5 * self.mean + float(gradient.abs().mean())
+            return gradient * (1 + self.mean)
+
+    states = []
+    for monitors in ([], [kind() for kind in MONITORS]):
+        module = Hooked()
+        make_trainer(tmp_path, *monitors, max_epochs=3).fit(module, whole())
+        states.append(module.state_dict())
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
 
 

@@ -229,6 +229,50 @@ def test_modules_that_give_out_the_same_are_one_point():
     assert all(torch.equal(a, b) for a, b in zip([x, *chosen], track, strict=True))
 
 
+def test_of_modules_that_give_out_the_same_the_first_is_the_point():
+    stages = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)]
+    stages.append(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh())))
+    assert track_layers(calls_of(nn.Sequential(*stages), cloud(5, 4).float())) == {"0": ["0", "1", "2.0"]}
+
+
+def test_what_goes_into_a_block_is_recorded_before_the_block_works_in_place():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+
+        def forward(self, x):
+            return x + self.inner(x)
+
+    x = cloud(5, 4).float()
+    (track,) = tracks_of(calls_of(nn.Sequential(InPlace(), InPlace(), InPlace()), x.clone())).values()
+    assert torch.equal(track[0], x)
+
+
+def test_of_a_module_the_first_call_counts():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    first, second = cloud(5, 4).float(), cloud(5, 4).float() + 1
+    with torch.no_grad(), recorded(network) as calls:
+        network(first)
+        network(second)
+    assert [call.name for call in calls] == ["0", "1", "2"]
+    assert torch.equal(calls[0].input, first)
+    assert torch.equal(calls[0].output, network[0](first).detach())
+
+
+def test_what_goes_in_by_keyword_is_no_point():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.second(self.first(input=x))
+
+    with pytest.raises(ValueError, match="no three layers"):
+        tracks_of(calls_of(ByKeyword(), cloud(5, 6).float()))
+
+
 class Rectified(nn.Module):
     """A residual block whose output is that of its last part."""
 
