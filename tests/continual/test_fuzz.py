@@ -128,7 +128,7 @@ def test_a_baseline_ends_with_a_complete_result_or_a_stated_error(case):
 
 
 @pytest.mark.slow
-@quickly(350)
+@quickly(900)
 @given(cases())
 def test_many_runs_end_with_a_complete_result_or_a_stated_error(case):
     check(case)
@@ -208,7 +208,7 @@ def test_a_merge_without_the_previous_network_changes_nothing(case):
 
 
 @pytest.mark.slow
-@quickly(40)
+@quickly(80)
 @given(cases(methods=("no-merge",)))
 def test_many_merges_without_the_previous_network_change_nothing(case):
     changes_nothing(case)
