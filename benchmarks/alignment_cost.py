@@ -132,7 +132,7 @@ def power(sizes, values):
 def cases():
     widths = [(f"mlp {width} 3", m) for m in METHODS for width in WIDTHS if width <= WIDEST.get(m, math.inf)]
     depths = [(f"mlp 256 {depth}", method) for method in METHODS for depth in DEPTHS]
-    return [*dict.fromkeys([*widths, *depths]), *((name, "weights") for name in LARGE)]
+    return [*((name, "weights") for name in LARGE), *dict.fromkeys([*widths, *depths])]
 
 
 def collected(repeats):
@@ -217,7 +217,8 @@ def main():
         "examples (sequences of 16 for the block; for the large ones 128 times that of one). Tracing of the symmetries is "
         "apart. Memory is what the alignment adds at its highest to the two networks. Exponents are fitted to the logarithms "
         "over the upper half of the sizes.\n\n"
-        f"Made by `python benchmarks/alignment_cost.py`.\n\n{table(found, sweeps)}\n\n![seconds](alignment_cost.png)\n"
+        f"Made by `python benchmarks/alignment_cost.py --repeats {options.repeats}`.\n\n"
+        f"{table(found, sweeps)}\n\n![seconds](alignment_cost.png)\n"
     )
     print(text)
     (RESULTS / "alignment_cost.md").write_text(text)

@@ -102,7 +102,7 @@ def table(runs):
     for title, rows in runs.items():
         half = len(rows) // 2
         for name, values, digits in zip(
-            ("memory, MiB", "kept examples, MiB", "open files"), rows.T, (0, 3, 0), strict=True
+            ("memory, MiB", "open files", "kept examples, MiB"), rows.T, (0, 0, 3), strict=True
         ):
             shown = " | ".join(f"{values[index]:.{digits}f}" for index in (SETTLED, half, -1))
             lines.append(f"| {title}: {name} | {shown} | {slope(values, SETTLED):.3f} | {slope(values, half):.3f} |")
