@@ -44,7 +44,7 @@ def _fit(cli: ContinualCLI, method: str, seed: int, folder: Path) -> None:
     path = _checkpoint(cli.config.ckpt_path, run)
     with recorded(cli, run, folder):
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=path)
-    if print_accuracy(method, run.monitor.matrix, run.n_tasks, folder):
+    if run.trainer.is_global_zero and print_accuracy(method, run.monitor.matrix, run.n_tasks, folder):
         log_outcome(run, run.monitor.matrix[: run.n_tasks, : run.n_tasks])
 
 
