@@ -51,28 +51,31 @@ def recorded(
         gradients: Filled with the gradients of the outputs by the name of the module, by any backward pass through what was recorded.
     """
     calls: list[Call] = []
-    met: set[nn.Module] = set()
+    met: set[str] = set()
     # With how often they had been written to, for a later layer may work in place.
     outputs: list[tuple[str, Tensor, int]] = []
-    inputs: dict[nn.Module, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
-    def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # Before the call, which may work in place.
-        if module not in met and args and isinstance(args[0], Tensor) and args[0].ndim > 1:
-            inputs[module] = args[0].detach().clone()
+    def keep_input(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # Before the call, which may work in place.
+            if name not in met and args and isinstance(args[0], Tensor) and args[0].ndim > 1:
+                inputs[name] = args[0].detach().clone()
+
+        return hook
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(module, SEQUENTIAL):
                 output = output[0]
-            if module in met or not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
+            if name in met or not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
                 return
-            met.add(module)
+            met.add(name)
             earlier = (of for of, known, version in outputs if output is known and output._version == version)
             origin = next(earlier, name)
             outputs.append((name, output, output._version))
             turn = _samples_first(module)
-            given = turn(inputs[module]) if module in inputs else None
+            given = turn(inputs[name]) if name in inputs else None
             calls.append(Call(name, module, given, turn(output.detach()).clone(), origin))
             if gradients is not None and output.requires_grad:
                 output.register_hook(lambda gradient: gradients.update({name: turn(gradient.detach())}))
@@ -81,7 +84,7 @@ def recorded(
 
     known = trained_modules(root) if wanted is None else root.named_modules()
     parts = {name: module for name, module in known if wanted is None or name in wanted}
-    handles = [module.register_forward_pre_hook(keep_input) for module in parts.values()]
+    handles = [module.register_forward_pre_hook(keep_input(name)) for name, module in parts.items()]
     handles += [module.register_forward_hook(note(name)) for name, module in parts.items()]
     try:
         yield calls
