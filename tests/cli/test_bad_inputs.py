@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -42,10 +43,18 @@ def _stopped(*_):
 
 @pytest.fixture
 def place(folder, runs, monkeypatch):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # as outside of pytest
-    yield Place(folder, runs, monkeypatch)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return Place(folder, runs, monkeypatch)
+
+
+@contextmanager
+def limit_lifted_after():
+    """Lift a limit on files before pytest itself writes on, which may be to one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def contents(folder):
@@ -56,9 +65,10 @@ def contents(folder):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_bad_input_is_one_sentence_and_changes_nothing(place, row, capsys):
-    row.prepare(place)
-    before = contents(place.folder)
-    code = main([*row.words])
+    with limit_lifted_after():
+        row.prepare(place)
+        before = contents(place.folder)
+        code = main([*row.words])
     *_, last = lines = capsys.readouterr().err.splitlines()
     assert code not in (0, None)
     assert "Traceback" not in "".join(lines)
@@ -85,10 +95,11 @@ def whole_files(folder):
 
 
 def test_a_disk_that_is_full_at_a_checkpoint_leaves_no_half_of_it(place, capsys):
-    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, most))  # enough for logs and pictures
-    assert main([*FIT, "--model.backbone.hidden_size=512"]) == 1
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    with limit_lifted_after():
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, most))  # enough for logs and pictures
+        code = main([*FIT, "--model.backbone.hidden_size=512"])
+    assert code == 1
     *_, last = capsys.readouterr().err.splitlines()
     assert re.search(r"^lit-rebasin: error: .*seed_0/checkpoints/.*.ckpt cannot be written \(", last), last
     names = whole_files(place.folder / "out")
