@@ -5,25 +5,27 @@ from math import nan
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
 from lit_rebasin.metrics.tracks import same_space
-from lit_rebasin.transport import wasserstein_distance
 from lit_rebasin.transport.arguments import check_points, check_tensor
 
-# Steps shorter than this have no direction (as in the public code of the score).
+# Steps shorter than this share of the largest one of the way have no direction.
 _SHORTEST = 1e-8
+
+_PREFERENCE = 1e-9  # for a point's own image among equally good ones, as a share of the mean squared step
 
 
 def line_shape_scores(track: Sequence[Tensor]) -> Tensor:
     """Return how straight the way of each sample through the layers is: 1 for a straight line, above 1 for a bent one.
 
     With steps of unit length, ``z_0 = x_0`` and ``z_l = z_{l-1} + (x_l - x_{l-1}) / |x_l - x_{l-1}|``, the score is ``L / |z_L - z_0|`` (Gai
-    and Zhang, arXiv 2102.09235). It does not say whether the steps are of one length. A step that is zero is one of no direction, and makes the
-    score larger.
+    and Zhang, arXiv 2102.09235). It does not say whether the steps are of one length. A step that is zero, or next to it beside the others,
+    is one of no direction, and makes the score larger.
 
     Args:
         track: ``(B, width)`` for each of the L + 1 layers, at least three; of several widths they are brought to one by
@@ -41,6 +43,8 @@ def line_shape_scores(track: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"A track needs at least three layers, for two points are on a line; got {len(layers)}.")
     points = torch.stack(same_space([layer.double() for layer in layers]))
     steps = points.diff(dim=0)
+    largest = steps.abs().amax((0, 2), keepdim=True)
+    steps = steps / torch.where(largest > 0, largest, 1)
     unit = steps / steps.norm(dim=2, keepdim=True).clamp(min=_SHORTEST)
     found: Tensor = len(steps) / unit.sum(0).norm(dim=1)
     return found
@@ -49,7 +53,7 @@ def line_shape_scores(track: Sequence[Tensor]) -> Tensor:
 def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
     """Return how near the pairing of samples before and after some layers is to the optimal one between the two clouds.
 
-    The score is ``W_2^2 / mean_i |x_i - T(x_i)|^2``, in (0, 1], and 1 if no other pairing is shorter. This is a definition of our own, for that
+    The score is ``W_2^2 / mean_i |x_i - T(x_i)|^2``, in [0, 1], and 1 if no other pairing is shorter. This is a definition of our own, for that
     of Gai and Zhang (arXiv 2102.09235) was not at hand.
 
     Args:
@@ -57,7 +61,8 @@ def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
         end: ``(B, width)``, their images ``T(x_i)``.
 
     Returns:
-        The score, and the share of the samples that the optimal plan sends to their own image.
+        The score, and the share of the samples that the optimal plan sends to their own image; of several optimal plans that with the
+        largest share counts.
 
     Raises:
         TypeError: If the points are no tensors of real numbers.
@@ -69,10 +74,15 @@ def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
         raise ValueError(
             f"start and end must be (B, width) of one shape, got {tuple(start.shape)} and {tuple(end.shape)}."
         )
-    distance, plan = wasserstein_distance(start, end)
-    learned = float((start.double() - end.double()).square().sum(1).mean())
-    own = float(plan.diagonal().sum())
-    return (min(1.0, distance**2 / learned) if learned > 0 else 1.0), own
+    before, after = start.detach().double().cpu(), end.detach().double().cpu()
+    costs = torch.cdist(before, after, compute_mode="donot_use_mm_for_euclid_dist").square()
+    learned = float(costs.diagonal().mean())
+    if learned == 0:
+        return 1.0, 1.0
+    preferring = costs - _PREFERENCE * learned * torch.eye(len(costs), dtype=costs.dtype)
+    rows, images = (torch.from_numpy(indices) for indices in linear_sum_assignment(preferring.numpy()))
+    optimal = float(costs[rows, images].mean())
+    return min(1.0, optimal / learned), float((rows == images).double().mean())
 
 
 class LineShapeScore(Metric):

@@ -53,6 +53,15 @@ def test_a_way_back_and_a_stand():
     assert line_shape_scores(stands_once).tolist() == pytest.approx([2.0])
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-9, 1e200])
+def test_the_score_of_a_line_knows_no_size_of_the_steps(scale):
+    direction = cloud(5, 4)
+    assert line_shape_scores([scale * share * direction for share in (0, 1, 1.5, 4)]).tolist() == pytest.approx([1] * 5)
+    stands_once = [scale * share * direction for share in (0, 1, 1, 1 + 1e-12)]
+    assert line_shape_scores(stands_once).tolist() == pytest.approx([3.0] * 5, rel=1e-3)
+    assert line_shape_scores([direction] * 3).isinf().all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(3, 6), st.integers(1, 5), st.integers(0, 999))
 def test_a_score_is_at_least_one_and_knows_no_frame_or_scale(layers, width, seed):
@@ -82,6 +91,28 @@ def test_the_score_of_a_rotation_is_that_of_pot():
     y = x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     cost = ot.emd2([], [], ot.dist(x.numpy(), y.numpy()))
     assert optimal_transport_score(x, y)[0] == pytest.approx(cost / float((x - y).square().sum(1).mean()))
+
+
+@pytest.mark.parametrize("far", [0.0, 1e6])
+def test_of_equally_good_plans_the_one_that_sends_points_to_their_own_images_counts(far):
+    twice = cloud(20, 2).repeat(2, 1)
+    twice[0] += far  # an outlier, beside which the steps are small
+    assert optimal_transport_score(twice, twice + 1) == (pytest.approx(1.0), 1.0)
+    assert optimal_transport_score(twice, twice) == (1.0, 1.0)
+    x = 1 + cloud(20, 1).abs()
+    gathered = torch.where(x > x.median(), x, 0)
+    assert optimal_transport_score(x, gathered) == (pytest.approx(1.0), 1.0)
+
+
+def test_a_slightly_shorter_plan_is_not_given_up_for_the_points_own_images():
+    x = torch.tensor([[0.0], [1e-3], [1e6]], dtype=torch.float64)
+    score, matched = optimal_transport_score(x, x[[1, 0, 2]])
+    assert (score, matched) == (0.0, pytest.approx(1 / 3))
+
+
+def test_points_that_only_change_places_score_nothing():
+    x = cloud(12, 2)
+    assert optimal_transport_score(x, x.roll(1, 0)) == (0.0, 0.0)
 
 
 def test_points_that_stay_are_where_they_belong():
