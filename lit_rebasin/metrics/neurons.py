@@ -75,8 +75,11 @@ def effective_dimension(points: Tensor) -> float:
     check_tensor("points", points)
     if points.ndim != 2 or len(points) < 2:
         raise ValueError(f"points must be (n, d) with at least two of them, got shape {tuple(points.shape)}.")
-    centred = points.detach().double()
-    centred = centred - centred.mean(0)
+    scaled = points.detach().double()
+    largest = scaled.abs().max() if scaled.numel() else torch.zeros(())
+    if largest > 0:  # whose fourth power may not be representable
+        scaled = scaled / largest
+    centred = scaled - scaled.mean(0)
     # The trace of S^2 is that of the squared Gram matrix on the smaller side.
     gram = centred @ centred.T if len(points) < points.shape[1] else centred.T @ centred
     squares = float(gram.square().sum())

@@ -43,6 +43,13 @@ def test_effective_dimension_is_that_of_numpys_covariance():
         effective_dimension(torch.ones(1, 3))
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-85, 1e80, 1e300])
+def test_the_effective_dimension_knows_no_scale(scale):
+    points = random_points(12, 4) @ torch.diag(torch.tensor([3.0, 1.0, 1.0, 0.5], dtype=torch.float64))
+    assert effective_dimension(scale * points) == pytest.approx(effective_dimension(points))
+    assert effective_dimension(torch.full((4, 3), scale, dtype=torch.float64)) == 0
+
+
 def network(seed):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1, bias=False))
@@ -55,6 +62,20 @@ def test_neurons_are_what_comes_in():
     assert torch.equal(neurons["0"][2, :-1], model[0].weight[2].flatten())
     assert neurons["0"][2, -1] == model[0].bias[2]
     assert layer_neurons(nn.Linear(2, 3), dict(nn.Linear(2, 3).named_parameters()))[""].shape == (3, 3)
+
+
+def test_neurons_without_the_bias_that_was_not_given():
+    layer = nn.Linear(2, 3)
+    neurons = layer_neurons(layer, {"weight": layer.weight})
+    assert torch.equal(neurons[""], layer.weight)
+
+
+def test_the_widest_layer_whose_neurons_are_paired():
+    layers = nn.Sequential(nn.Linear(1, 4096, bias=False), nn.Linear(1, 4097, bias=False))
+    weights = layers.state_dict()
+    found = neuron_distances(layers, weights, weights)
+    assert list(found) == ["0"]
+    assert found["0"].wasserstein == found["0"].paired == 0
 
 
 def test_distances_are_those_of_pot_and_scipy():
