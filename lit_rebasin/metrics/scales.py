@@ -136,7 +136,7 @@ def _propagate(
 ) -> dict[str, float]:
     """Scale the layers of a network such that signals propagate, and return the factors."""
     sizes = {name: 1 / math.sqrt(found.branches) if name in found.ends else 1.0 for name in names}
-    measured = {name for name in layers if name != layers[-1] or name in found.ends} & _called(trial, args, layers)
+    measured = {name for name in names if name != layers[-1] or name in found.ends} & _called(trial, args, names)
     factors = {name: size for name, size in sizes.items() if name not in measured}
     for name, factor in factors.items():
         _scale(trial, name, factor)
@@ -161,11 +161,11 @@ def _propagate(
     return factors
 
 
-def _called(trial: nn.Module, args: tuple[Any, ...], layers: list[str]) -> set[str]:
+def _called(trial: nn.Module, args: tuple[Any, ...], names: list[str]) -> set[str]:
     """Return the layers that are called themselves, rather than read by another module."""
     called: set[str] = set()
     with torch.no_grad(), hooks() as handles:
-        for name in layers:
+        for name in names:
             part = trial.get_submodule(name)
             handles.append(part.register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name)))
         trial(*args)
