@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lit_rebasin.metrics import Sharpness, hessian_eigenvalues, hessian_trace
+from lit_rebasin.metrics.hessian import HessianProducts
 
 
 def quadratic(matrix):
@@ -130,6 +131,16 @@ def test_residuals_are_those_of_the_ritz_vectors():
     assert float(found.residuals[0]) == pytest.approx(float((matrix @ ritz - values[-1] * ritz).norm()))
 
 
+def test_one_product_leaves_a_residual():
+    matrix = with_spectrum([5.0, 2.0, -1.0, 0.5])
+    start = torch.randn(1, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)[0]
+    unit = start / start.norm()
+    found = hessian_eigenvalues(quadratic(matrix), point(4), steps=1, seed=7)
+    assert (found.iterations, found.converged) == (1, False)
+    assert float(found.values[0]) == pytest.approx(float(unit @ matrix @ unit))
+    assert float(found.residuals[0]) == pytest.approx(float((matrix @ unit - found.values[0] * unit).norm()))
+
+
 def test_a_ridge_does_not_hide_a_sharp_direction():
     """Almost every direction bends by 1: the first residuals are small, the sharp direction is hardly in them."""
     n = 20_000
@@ -165,6 +176,24 @@ def test_float32_weights():
         lambda w: loss({n: one.double() for n, one in w.items()}), {n: w.half() for n, w in weights.items()}
     )
     assert float(half.values[0]) == pytest.approx(float(found.values[0]), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide", "wanted"),
+    [
+        (torch.float16, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float16, torch.float32),
+    ],
+)
+def test_vectors_are_as_wide_as_the_widest_weights_and_at_least_of_float32(narrow, wide, wanted):
+    weights = {"a": torch.ones(2, dtype=narrow), "b": torch.ones(3, dtype=wide)}
+    products = HessianProducts(lambda w: sum(one.double().square().sum() for one in w.values()), weights)
+    assert products.dtype == wanted
+    product = products(torch.arange(5, dtype=products.dtype))
+    assert product.dtype == wanted
+    assert product.tolist() == [0, 2, 4, 6, 8]
 
 
 def test_many_products_in_float32_stay_orthogonal():
