@@ -14,7 +14,7 @@ from typing_extensions import override
 from lit_rebasin.metrics.tracks import same_space
 from lit_rebasin.transport.arguments import check_points, check_tensor
 
-# Steps shorter than this share of the largest one of the way have no direction.
+# Steps shorter than this share of the longest one of the way have no direction.
 _SHORTEST = 1e-8
 
 _PREFERENCE = 1e-9  # for a point's own image among equally good ones, as a share of the mean squared step
@@ -43,9 +43,9 @@ def line_shape_scores(track: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"A track needs at least three layers, for two points are on a line; got {len(layers)}.")
     points = torch.stack(same_space([layer.double() for layer in layers]))
     steps = points.diff(dim=0)
-    largest = steps.abs().amax((0, 2), keepdim=True)
-    steps = steps / torch.where(largest > 0, largest, 1)
-    unit = steps / steps.norm(dim=2, keepdim=True).clamp(min=_SHORTEST)
+    lengths = steps.norm(dim=2, keepdim=True)
+    shortest = (_SHORTEST * lengths.amax(0)).clamp(min=torch.finfo(lengths.dtype).tiny)
+    unit = steps / torch.maximum(lengths, shortest)
     found: Tensor = len(steps) / unit.sum(0).norm(dim=1)
     return found
 
