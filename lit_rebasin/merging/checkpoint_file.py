@@ -47,7 +47,7 @@ def read_checkpoint(file: str) -> Checkpoint:
     weights = next((held[key] for key in _WEIGHTS if isinstance(held.get(key), Mapping)), held)
     saved = held.get("hyper_parameters")
     arguments = saved.items() if isinstance(saved, Mapping) else ()
-    simple = bool | int | float | str | list[Any] | dict[Any, Any] | None
+    simple = (bool, int, float, str, list, dict, type(None))
     return Checkpoint(
         file,
         weights,
