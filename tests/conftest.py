@@ -1,6 +1,9 @@
 import logging
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores; torch reads it when it is imported
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest

@@ -45,7 +45,7 @@ def two(forward):
         (Of(lambda m, x: m.a(x + torch.rand_like(x)), a=plain()), (X,), "when it runs twice"),
         (Of(lambda m, x: (m.a(x) - 1e9).sqrt(), a=plain()), (X,), "gives NaN on the example inputs"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_errors(model, inputs, match):
     with pytest.raises(ValueError, match=match) as caught:
