@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lit_rebasin
 from lit_rebasin.cli.app import ContinualCLI
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,11 @@ def test_links_of_the_documents_lead_somewhere():
     for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_every_public_name_is_in_the_reference_once():
+    listed = re.findall(r"auto(?:class|function):: (\w+)", (ROOT / "docs" / "reference.md").read_text())
+    assert sorted(listed) == sorted(set(lit_rebasin.__all__) - {"__version__"})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

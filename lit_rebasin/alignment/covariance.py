@@ -43,8 +43,8 @@ def covariance_matching(
         spec: The symmetries of the two.
         features: What the model and the reference compute on each batch of some data (:class:`FeatureReader`).
         power: Of the covariance in the products of two rows, from 0 (plain weight matching) to 1.
-        normalize: Whether every layer counts by its cosine, as in :func:`~lit_rebasin.alignment.weights.weight_matching`.
-        init: The permutations to start from, by group name. Default: as of :func:`~lit_rebasin.alignment.weights.weight_matching`.
+        normalize: Whether every layer counts by its cosine, as in :func:`~lit_rebasin.weight_matching`.
+        init: The permutations to start from, by group name. Default: as of :func:`~lit_rebasin.weight_matching`.
         restarts: How often to start again from random permutations; the best of all is returned.
         seed: Seed of the order of the groups and of the restarts.
         max_sweeps: Bound on the sweeps over all groups, of each start.

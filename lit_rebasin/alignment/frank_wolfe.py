@@ -47,7 +47,7 @@ def frank_wolfe_matching(
         spec: The symmetries of the network; axes of tensors that are not in ``model`` play no part.
         init: Permutations to start from, by group name; groups left out start at the identity. Default: even plans, ``1 / size`` everywhere,
             which prefer no permutation: they end no lower than the identity on average, and find a planted permutation in two steps.
-        normalize: Whether every layer counts by its cosine, as in :func:`~lit_rebasin.alignment.weights.weight_matching`.
+        normalize: Whether every layer counts by its cosine, as in :func:`~lit_rebasin.weight_matching`.
         max_steps: Bound on the steps of one climb.
 
     Returns:

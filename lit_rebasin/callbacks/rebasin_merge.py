@@ -36,7 +36,7 @@ class RebasinMerge(TaskMerger, Callback):
 
     Args:
         alpha: Weight of the previous model in [0, 1]; or how to choose it: ``"line-search"`` for the lowest loss on training batches along the
-            path, ``"fisher"`` for the closed form :func:`~lit_rebasin.merging.fisher_alpha` of the new task against the mean of those before,
+            path, ``"fisher"`` for the closed form :func:`~lit_rebasin.fisher_alpha` of the new task against the mean of those before,
             and ``"layer-fisher"`` for one a layer.
         method: How to align, by any name that :func:`~lit_rebasin.align` knows. ``"identity"`` does not align (plain averaging).
         cost: What ``"sinkhorn"`` and ``"straight-through"`` minimise: ``"incremental"``, which is the default, the loss of the merge, with
@@ -47,14 +47,14 @@ class RebasinMerge(TaskMerger, Callback):
             ``residual_learning_rate`` (0 leaves it out), ``residual_weight_decay`` and ``residual_clip``. The soft permutations of
             ``"sinkhorn"`` start nearly hard here, ``{"sharpness": 8, "noise": 0, "learning_rate": 0.1}``, as the residual needs it.
         statistics: What the merged weights are given: ``"reestimate"``, BatchNorm statistics estimated anew; ``"repair"`` and ``"rescale"``,
-            :func:`~lit_rebasin.merging.repair` of every layer and those; ``"data-free"``, :func:`~lit_rebasin.merging.reset_batch_norm`;
+            :func:`~lit_rebasin.repair` of every layer and those; ``"data-free"``, :func:`~lit_rebasin.reset_batch_norm`;
             ``"none"``.
         batches: Training batches, of the task just learned and whatever replay its loader mixes in, that each merge uses.
         examples: ``"kept"`` takes in their place all that a datamodule such as ``ContinualDataModule`` keeps for replay, the task just learned
             among it, in ``batches`` batches.
         start: Where each task but the first begins: at the ``"previous"`` network; ``"fresh"``, with every layer initialised anew, which
             needs the alignment; or ``"perturbed"``, half of either.
-        combine: ``"average"`` takes the point of the path at alpha. ``"regmean"`` takes :func:`~lit_rebasin.merging.regmean`: every layer is
+        combine: ``"average"`` takes the point of the path at alpha. ``"regmean"`` takes :func:`~lit_rebasin.regmean`: every layer is
             fitted to both networks on the inputs of each, those of the previous one as they were at the merges that made it. For this it reads
             as many batches as the layers have need of, at most a pass over the training data.
         margin: A merge whose loss on its batches is greater than both the previous and the trained model's by more than this, in units of the

@@ -18,7 +18,7 @@ from lit_rebasin.continual.single_examples import check_single_examples, is_of_s
 class ContinualClassifier(LightningModule):
     """Classify a stream of tasks with any backbone, through one head or a head a task.
 
-    Batches are ``(x, y, task)`` as :class:`~lit_rebasin.continual.ContinualDataModule` gives them. Logs ``train_loss``, ``train_acc``,
+    Batches are ``(x, y, task)`` as :class:`~lit_rebasin.ContinualDataModule` gives them. Logs ``train_loss``, ``train_acc``,
     ``val_loss`` and ``val_acc`` (one value a validation loader).
 
     Args:

@@ -32,7 +32,7 @@ def loss_barrier(
         points: Number of evenly spaced alphas, ends included.
         loss: ``loss(output, target)``, the mean over a batch. Batches are weighed by their examples.
         statistics: ``statistics(network, alpha)`` gives a merge statistics of its own, in place, before it is measured; see
-            :func:`~lit_rebasin.merging.repair`. Called on a copy at every point but the ends, which are measured as they are.
+            :func:`~lit_rebasin.repair`. Called on a copy at every point but the ends, which are measured as they are.
 
     Returns:
         The losses, with accuracies where the targets are class indices and dimension 1 of the output holds the classes.

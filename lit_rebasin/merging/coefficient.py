@@ -39,7 +39,7 @@ def fisher_alpha(path: LinearPath, previous_fisher: Mapping[str, Tensor], new_fi
     Args:
         path: The path.
         previous_fisher: Diagonal of the Fisher information at the previous model, by name; see
-            :func:`~lit_rebasin.merging.diagonal_fisher`. Of a permuted model, it is the permuted one: it moves as the weights do.
+            :func:`~lit_rebasin.diagonal_fisher`. Of a permuted model, it is the permuted one: it moves as the weights do.
         new_fisher: The same at the new model, for the same tensors.
 
     Returns:

@@ -69,8 +69,8 @@ def merge_many(
       regularized barycenter (Chizat, arXiv 2303.11844). The barycenter only decides which neurons belong together: what is averaged are
       the permuted models, not the particles, which are blurred. It ends with a larger spread than the other two.
 
-    The merge puts out less variance than its members do: :func:`~lit_rebasin.merging.repair_many` restores it, with some inputs. Networks with
-    BatchNorm need at least its statistics re-estimated, :func:`~lit_rebasin.merging.reestimate_batch_norm`.
+    The merge puts out less variance than its members do: :func:`~lit_rebasin.repair_many` restores it, with some inputs. Networks with
+    BatchNorm need at least its statistics re-estimated, :func:`~lit_rebasin.reestimate_batch_norm`.
 
     Args:
         models: At least two modules or mappings of weights by name. Parameters are matched; of a mapping, all tensors of floating point but

@@ -87,7 +87,7 @@ def repair_many(
         members: The networks that were averaged, permuted into one frame: modules, or weights and buffers by name.
         forward: As of :func:`repair`.
         batches: As of :func:`repair`; read once for every member, and once more.
-        weights: The share of each member up to scale, as of :func:`~lit_rebasin.merging.merge_many`. Default: even.
+        weights: The share of each member up to scale, as of :func:`~lit_rebasin.merge_many`. Default: even.
         mean: Whether to correct means too.
 
     Returns:

@@ -86,7 +86,7 @@ def optimal_transport_score(start: Tensor, end: Tensor) -> tuple[float, float]:
 
 
 class LineShapeScore(Metric):
-    """The mean over samples of :func:`~lit_rebasin.metrics.line_shape_scores`, from tracks.
+    """The mean over samples of :func:`~lit_rebasin.line_shape_scores`, from tracks.
 
     ``update`` takes a track, ``(B, width)`` for each of at least three layers. At least 1, and 1 for straight lines (Gai and Zhang, arXiv
     2102.09235).
@@ -133,7 +133,7 @@ class LineShapeScore(Metric):
 
 
 class OptimalTransportScore(Metric):
-    """:func:`~lit_rebasin.metrics.optimal_transport_score` of all samples that it was given.
+    """:func:`~lit_rebasin.optimal_transport_score` of all samples that it was given.
 
     ``update`` takes a track of at least two layers, ``(B, width)`` each, of which the first and the last count; where they have two widths,
     the last is turned onto the first as :func:`~lit_rebasin.metrics.same_space` does. The clouds are kept as a whole, for the optimal plan is

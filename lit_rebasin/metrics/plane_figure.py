@@ -18,7 +18,7 @@ def plane_figure(plane: PlaneLosses, names: Sequence[str]) -> Figure:
     """Draw the loss as a contour, with the three networks marked.
 
     Args:
-        plane: What :func:`~lit_rebasin.merging.loss_plane` measured.
+        plane: What :func:`~lit_rebasin.loss_plane` measured.
         names: What the three networks are called.
 
     Raises:

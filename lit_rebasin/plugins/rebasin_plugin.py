@@ -47,7 +47,8 @@ class RebasinPlugin(TaskMerger, SupervisedPlugin):  # type: ignore[misc]
         history: One entry a merge: its task and numbers, or why it was refused.
 
     Raises:
-        ValueError: If an argument is out of range; in training, if a tensor has another shape than in the experience before.
+        ValueError: If an argument is out of range; in training, if a tensor has another shape than in the experience before, if there is
+            nothing to align, or if the strategy has two of these plugins.
 
     Example::
 
@@ -74,7 +75,9 @@ class RebasinPlugin(TaskMerger, SupervisedPlugin):  # type: ignore[misc]
 
     def before_training_exp(self, strategy: SupervisedTemplate, *args: Any, **kwargs: Any) -> None:
         """Compare the network with the one that is remembered, and note what is not trained yet."""
-        module = _Step(strategy)
+        if sum(isinstance(plugin, RebasinPlugin) for plugin in strategy.plugins) > 1:
+            raise ValueError("a strategy takes one RebasinPlugin: a second one would merge what the first has merged.")
+        module = _module(strategy)
         if self.previous is not None:
             new = {name: tensor for name, tensor in weights_of(module).items() if name not in self.previous}
             self.previous |= {name: tensor.cpu().clone() for name, tensor in new.items()}
@@ -115,5 +118,11 @@ class _Step(pl.LightningModule):
         return found
 
 
+def _module(strategy: SupervisedTemplate) -> _Step:
+    """Return what is trained, under the name of its network, by which errors call it."""
+    named: type[_Step] = type(type(strategy.model).__name__, (_Step,), {})
+    return named(strategy)
+
+
 def _step(strategy: SupervisedTemplate) -> StepLoss:
-    return StepLoss(_Step(strategy), Precision())
+    return StepLoss(_module(strategy), Precision())

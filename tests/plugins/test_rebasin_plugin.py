@@ -257,5 +257,12 @@ def test_wrong_arguments(wrong):
 
 
 def test_data_free_statistics_need_batch_norm():
-    with pytest.raises(Exception, match=r'RebasinPlugin\(statistics="data-free"\) is for BatchNorm'):
+    with pytest.raises(
+        Exception, match=r'RebasinPlugin\(statistics="data-free"\) is for BatchNorm, of which Sequential has none'
+    ):
         run([RebasinPlugin(statistics="data-free")])
+
+
+def test_two_merges_in_one_strategy_are_refused():
+    with pytest.raises(ValueError, match="a strategy takes one RebasinPlugin"):
+        run([RebasinPlugin(), RebasinPlugin(alpha=0.5)])
