@@ -304,7 +304,7 @@ def test_a_run_that_fails_in_a_process_of_its_own_is_told(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_that_fails_beside_others_loses_none_that_is_finished(tmp_path, capsys):
     """The first of those planned fails, after the second has long been finished."""
-    fails = json.dumps({"mc-sgd": {"learning_rate": 1e6, "points": 20, "epochs": 20}})
+    fails = json.dumps({"mc-sgd": {"learning_rate": 1e6, "points": 20, "epochs": 600}})
     code, found = run(tmp_path / "out", "--methods=mc-sgd,average", "--processes=2", f"--per_method={fails}")
     assert code == 1
     assert "missing: mc-sgd seed 0" in capsys.readouterr().err

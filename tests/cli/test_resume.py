@@ -33,6 +33,7 @@ KILLED = -signal.SIGKILL
 
 def run_jobs(folder, jobs):
     """Run commands one after another; return their exit codes."""
+    folder.mkdir(exist_ok=True)
     for job in jobs:
         job["log"] = str(folder / "log")
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -116,8 +117,12 @@ def test_a_fit_that_was_killed_ends_as_if_it_never_was(tmp_path):
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments(tmp_path):
-    draw = random.Random(0)
-    assert killed_fits(tmp_path, [[draw.uniform(0.05, 0.95) for _ in range(4)] for _ in range(10)]) >= 30
+    draw, kills = random.Random(0), 0
+    for turn in range(4):  # a fit may be done before its moment, which depends on the machine
+        kills += killed_fits(tmp_path / str(turn), [[draw.uniform(0.05, 0.95) for _ in range(4)] for _ in range(8)])
+        if kills >= 30:
+            return
+    pytest.fail(f"only {kills} kills")
 
 
 def test_a_fit_that_was_killed_as_it_wrote_a_checkpoint(tmp_path):
