@@ -1,24 +1,52 @@
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torchvision
 import yaml
+from torch.utils.data import DataLoader, TensorDataset
 
 import lit_rebasin
+from lit_rebasin.cli import main
 from lit_rebasin.cli.app import ContinualCLI
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+FIT, FIT_A_TASK, *OTHERS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("index", [0, 2, 3])
-def test_code_of_the_readme_runs_as_it_stands(index, tmp_path, monkeypatch):
+def test_fits_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(BLOCKS[index], "README.md", "exec"), names)
-    if "monitor" in names:
-        assert names["monitor"].matrix.shape == (5, 5)
-        assert names["merge"].n_tasks == 5
+    exec(compile(FIT, "README.md", "exec"), names)
+    assert names["monitor"].matrix.shape == (5, 5)
+    assert names["merge"].n_tasks == 5
+    data = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 10, torch.zeros(20, dtype=torch.long))
+    names["task_loaders"] = [DataLoader(data, batch_size=10)] * 2
+    exec(compile(FIT_A_TASK, "README.md", "exec"), names)
+    assert names["merge"].n_tasks == 2
+
+
+@pytest.mark.parametrize("code", OTHERS, ids=range(len(OTHERS)))
+def test_code_of_the_readme_runs_as_it_stands(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["align", "merge"])
+def test_commands_of_the_readme_run_as_they_stand(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, file in enumerate(("a.ckpt", "b.ckpt")):
+        torch.manual_seed(seed)
+        torch.save(torchvision.models.resnet18().state_dict(), file)
+    np.savez("images.npz", x=np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32), y=np.arange(4))
+    (command,) = [line for line in COMMANDS if line.startswith(f"lit-rebasin {name} ")]
+    words = shlex.split(command)[1:]
+    assert main(words) == 0
+    assert (tmp_path / words[-1]).exists()
 
 
 PAGES = [
