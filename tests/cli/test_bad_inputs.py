@@ -107,12 +107,18 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_no_half_of_it(place, capsys)
     assert not [name for name in names if name.endswith((".tmp", ".ckpt"))]
 
 
+def take_interrupts():
+    """Undo what a shell does to the work that it puts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_fit_leaves_whole_checkpoints(tmp_path):
     words = [*FIT, "--data.epochs_per_task=20000", "--threads=1"]
     saver = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
     words += [saver, "--trainer.callbacks.dirpath=out/often", "--trainer.callbacks.every_n_train_steps=1"]
     command = [sys.executable, "-W", "ignore", "-m", "lit_rebasin", *words]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, preexec_fn=take_interrupts, **options) as process:
         until = time.monotonic() + 120
         while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < until and process.poll() is None:
             time.sleep(0.05)
