@@ -1,7 +1,7 @@
-"""Runs that are killed, a script: ``python -m tests.cli.killed JOBS.json`` with a list of ``{"words", "share", "sabotage", "log"}``.
+"""Runs that are killed, a script: ``python -m tests.cli.killed JOBS.json`` with a list of ``{"words", "share", "when", "sabotage", "log"}``.
 
-The work is imported once; each job is a process of its own, which is killed after a share of the time that the first job took, or by itself
-as it writes a file. The exit code is printed, or minus the signal, a line a job.
+The work is imported once; each job is a process of its own, which is killed after a share of the time that the first job took, when its folder
+holds a file of a pattern, or by itself as it writes a file. The exit code is printed, or minus the signal, a line a job.
 """
 
 import json
@@ -76,6 +76,10 @@ def of_session(path, session):
     return int(found) == session and state != "Z"
 
 
+def holds(folder=None, pattern=None):
+    return folder is not None and any(Path(folder).glob(pattern))
+
+
 def run(job, whole):
     """Return the exit code, or minus the signal that ended the process."""
     pid = os.fork()
@@ -86,7 +90,7 @@ def run(job, whole):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return ORPHANS if has_orphans(pid) else os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
+        if time.monotonic() > until or holds(*job.get("when", ())):
             os.kill(pid, signal.SIGKILL)
             until = float("inf")
         time.sleep(0.002)

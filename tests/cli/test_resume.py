@@ -112,7 +112,7 @@ def killed_fits(tmp_path, shares):
 
 
 def test_a_fit_that_was_killed_ends_as_if_it_never_was(tmp_path):
-    assert killed_fits(tmp_path, [[0.35], [0.8, 0.5]]) >= 2
+    assert killed_fits(tmp_path, [[0.35], [0.6, 0.3]]) >= 2
 
 
 @pytest.mark.slow
@@ -141,8 +141,8 @@ def test_a_benchmark_that_was_killed_ends_as_if_it_never_was(tmp_path):
     jobs = [
         benchmark(tmp_path / "whole"),
         # Within one run and then within another; as the second finished run was to be noted; and before anything was.
-        benchmark(cuts[0], share=0.55),
-        benchmark(cuts[0], goes_on=True, share=0.3),
+        benchmark(cuts[0], when=(str(cuts[0]), "average/seed_0/**/last.ckpt")),
+        benchmark(cuts[0], goes_on=True, when=(str(cuts[0]), "rebasin/seed_0/**/last.ckpt")),
         benchmark(cuts[0], goes_on=True),
         benchmark(cuts[1], sabotage=("rename", "results.json", 2)),
         benchmark(cuts[1], goes_on=True),
@@ -161,7 +161,10 @@ def test_a_benchmark_that_was_killed_ends_as_if_it_never_was(tmp_path):
 def test_workers_end_with_a_benchmark_that_is_killed(tmp_path):
     words = ["benchmark", *STREAM, "--methods", "average", "--seeds", "0,1", "--processes", "2", "--output_dir"]
     folder = tmp_path / "cut"
-    jobs = [{"words": [*words, str(tmp_path / "whole")]}, {"words": [*words, str(folder)], "share": 0.7}]
+    jobs = [
+        {"words": [*words, str(tmp_path / "whole")]},
+        {"words": [*words, str(folder)], "when": [str(folder), "average/seed_1/**/last.ckpt"]},
+    ]
     jobs.append({"words": [*words, str(folder), "--resume"]})
     assert run_jobs(tmp_path, jobs) == [0, KILLED, 0], said(tmp_path)
     assert numbers(folder) == numbers(tmp_path / "whole")
