@@ -105,8 +105,8 @@ class GeodesicMonitor(Monitor):
 
 
 def _checked(layers: Sequence[str]) -> list[str]:
-    if isinstance(layers, str):
-        raise TypeError(f"layers must be a list of names of modules, got the string {layers!r}.")
+    if not isinstance(layers, list | tuple):
+        raise TypeError(f"layers must be a list of names of modules, got {layers!r}.")
     if len(layers) < 3:
         raise ValueError(f"layers must name at least 3 modules, for two points lie on a line; got {list(layers)}.")
     if twice := [name for index, name in enumerate(layers) if name in layers[:index]]:

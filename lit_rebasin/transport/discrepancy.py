@@ -81,6 +81,10 @@ def _points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return both clouds in float64 on the CPU."""
     for name, points in (("x", x), ("y", y)):
         check_points(name, points)
+        if (points.detach().abs() > 1e150).any():
+            raise ValueError(
+                f"{name} holds coordinates above 1e150, whose squares overflow: divide x and y by a number."
+            )
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must be points of one space, got {x.shape[1]} and {y.shape[1]} coordinates.")
     return x.detach().cpu().double(), y.detach().cpu().double()

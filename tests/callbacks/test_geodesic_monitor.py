@@ -83,7 +83,8 @@ def test_a_network_without_a_track_is_trained_all_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("layers", "error", "message"),
     [
-        ("head", TypeError, "layers must be a list of names of modules, got the string 'head'"),
+        ("head", TypeError, "layers must be a list of names of modules, got 'head'"),
+        ({"a", "b", "c"}, TypeError, "layers must be a list of names of modules, got {"),
         ([], ValueError, r"layers must name at least 3 modules, for two points lie on a line; got \[\]"),
         (["net.0", "head", "net.0"], ValueError, "layers names 'net.0' twice"),
     ],

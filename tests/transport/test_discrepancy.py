@@ -82,6 +82,7 @@ def test_single_precision_does_not_lose_small_differences():
         (torch.zeros(3, 1), torch.zeros(0, 1), r"y must hold one point a row"),
         (torch.zeros(3, 2), torch.zeros(3, 1), "2 and 1 coordinates"),
         (torch.zeros(3, 1), torch.full((2, 1), float("nan")), "y holds NaN"),
+        (torch.full((3, 1), -1e200, dtype=torch.double), torch.zeros(2, 1), "x holds coordinates above 1e150"),
     ],
 )
 def test_points_that_do_not_fit(distance, x, y, message):
