@@ -59,8 +59,8 @@ def child(job):
 
 
 def has_orphans(session):
-    """Return whether a process of a session outlives the one that began it by more than some seconds."""
-    until = time.monotonic() + 10
+    """Return whether a process of a session outlives the one that began it, as a worker would that waits for work: for ever."""
+    until = time.monotonic() + 60
     while any(of_session(path, session) for path in Path("/proc").glob("[0-9]*/stat")):
         if time.monotonic() > until:
             return True
