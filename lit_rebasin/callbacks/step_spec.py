@@ -42,7 +42,7 @@ def step_spec(step: StepLoss, batch: Any) -> PermutationSpec:
             try:
                 spec, traced = _unprefixed(permutation_spec(_Whole(step, batch), check=False)), True
             except ValueError:
-                spec, traced = spec_of_calls(step.module, lambda: step(batch)), False
+                spec, traced = spec_of_calls(step.module, lambda: step.loss(batch)), False
         spec = _that_holds(step, batch, spec, traced=traced)
     spec = _by_first_names(step.module, spec)
     frozen = {name for name, parameter in step.module.named_parameters() if not parameter.requires_grad}

@@ -196,6 +196,24 @@ def test_the_module_is_left_as_it_was(tmp_path):
     assert isinstance(module.train_acc, MulticlassAccuracy)
 
 
+def test_a_step_that_cannot_be_exported_writes_nothing(tmp_path):
+    def step(m, batch):
+        with torch.no_grad():
+            m.calls += 1
+            m.teacher.weight.lerp_(m.net[0].weight, 0.5)
+        loss = cross_entropy(m.net(batch[0]), batch[1])
+        m.last = float(loss)  # no graph holds it
+        return loss
+
+    module = Step(step, net=mlp(), teacher=nn.Linear(6, 8).requires_grad_(False))
+    module.register_buffer("calls", torch.zeros(()))
+    before = {name: tensor.clone() for name, tensor in weights_of(module).items()}
+    spec = step_spec(attached(tmp_path, module), (X, Y))
+    assert set(spec.groups) == {"net.0", "net.2"}
+    for name, tensor in weights_of(module).items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_minus_infinity_in_a_mask(tmp_path):
     class Causal(nn.Module):
         def __init__(self):
