@@ -97,8 +97,8 @@ class FeatureLearningMonitor(Monitor):
         """Read the features after the step, and draw what was measured when a task ends."""
         if self._before:
             step = StepLoss(pl_module, trainer.precision_plugin)
-            with self._forgiving(), step.quiet(), torch.no_grad():
-                with recorded(step.module, list(self._before)) as calls:
+            with self._forgiving(), torch.no_grad():
+                with step.quiet(), recorded(step.module, list(self._before)) as calls:
                     step.loss(self._probe)
                 self._log(trainer, self._numbers({call.name: call.output for call in calls}))
             self._before, self._probe = {}, None

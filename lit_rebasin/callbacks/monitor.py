@@ -141,8 +141,9 @@ class Monitor(Callback):
     def _take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Measure, and log what comes of it."""
         step = StepLoss(pl_module, trainer.precision_plugin)
-        with self._forgiving(), step.quiet():
-            numbers = self._measure(trainer, step, self._examples(trainer, step))
+        with self._forgiving():
+            with step.quiet():
+                numbers = self._measure(trainer, step, self._examples(trainer, step))
             self._log(trainer, numbers)
 
     def _end_task(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
+from lit_rebasin.callbacks.unwritten import unwritten
 from lit_rebasin.merging.path import weights_of
 from lit_rebasin.symmetry import attributes_kept, contents_kept
 
@@ -126,8 +127,14 @@ class StepLoss(nn.Module):
     def quiet(self) -> Iterator[None]:
         """Set logging, metrics, training modes, the module's own notes and the global random state aside, and put them back."""
         modes = {module: module.training for module in self.module.modules()}
-        notes = contents_kept(self._noting())
-        with notes, self._attributes_kept(), self._replaced(_copied), _random_state_kept(), _alone(self.module):
+        with (
+            contents_kept(self._noting()),
+            self._attributes_kept(),
+            self._replaced(_copied),
+            _random_state_kept(),
+            _alone(self.module),
+            unwritten(self.module),
+        ):
             object.__setattr__(self.module, "log", self._keep)  # log_dict calls it, too
             self.module.eval()
             for module, training in modes.items():

@@ -1,5 +1,6 @@
 """Leave a module as it was found."""
 
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _OWN = ("_parameters", "_buffers", "_modules")  # what makes a module, and nothing that it notes down
 
 
@@ -69,11 +71,27 @@ def use_batch_statistics(network: nn.Module) -> None:
 
 def _content(value: Any) -> Any:
     """Return what an attribute holds, if a call may change it in place."""
-    if isinstance(value, torch.Generator):
-        return value.get_state()
+    if isinstance(value, _GENERATORS):
+        return _state(value)
     if isinstance(value, dict):
         return dict(value)
     return list(value) if isinstance(value, (list, set, deque)) else None
+
+
+def _state(generator: Any) -> Any:
+    """Return where a source of random numbers is."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _go_back(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _numbers(value: Tensor | np.ndarray) -> Any:
@@ -86,8 +104,8 @@ def _numbers(value: Tensor | np.ndarray) -> Any:
 def _refill(value: Any, content: Any) -> None:
     if content is None:
         return
-    if isinstance(value, torch.Generator):
-        value.set_state(content)
+    if isinstance(value, _GENERATORS):
+        _go_back(value, content)
     elif isinstance(value, np.ndarray):
         value[...] = content
     elif isinstance(value, Tensor):

@@ -4,6 +4,7 @@ import collections
 import copy
 import csv
 import math
+import random
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -287,6 +288,44 @@ def test_what_a_step_notes_down_is_put_back(tmp_path, note):
         assert read(module.note) == pytest.approx(read(make()) + 2 * (3 if note in ("tensor", "array") else 1))
         states.append(module.state_dict())
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+@pytest.mark.parametrize("source", [np.random.default_rng, np.random.RandomState, random.Random])
+def test_random_generators_of_a_step_are_put_back(tmp_path, source):
+    class Draws(Plain):
+        def __init__(self):
+            super().__init__()
+            self.draw = source(0)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (1 + self.draw.random())
+
+    states = []
+    for monitors in ([], [kind() for kind in MONITORS]):
+        module = Draws()
+        make_trainer(tmp_path, *monitors).fit(module, whole())
+        states.append(module.state_dict())
+    assert all(monitor.history for monitor in monitors)
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+def test_what_a_step_writes_to_its_logger_itself_is_written_once(tmp_path):
+    folders = []
+
+    class Writes(Plain):
+        def training_step(self, batch, batch_idx):
+            self.logger.log_metrics({"mine": 1.0}, step=self.global_step)
+            self.logger.experiment.log_metrics({"more": 1.0}, step=self.global_step)
+            folders.append((self.logger.log_dir, self.logger.name, self.logger.version))
+            return super().training_step(batch, batch_idx)
+
+    logger = CSVLogger(tmp_path)
+    trainer = make_trainer(tmp_path, *[kind() for kind in MONITORS], logger=logger)
+    trainer.fit(Writes(), whole())
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert [sum(row[name] != "" for row in rows) for name in ("mine", "more")] == [2, 2]
+    assert set(folders) == {(logger.log_dir, logger.name, logger.version)}
+    assert trainer.loggers == [logger]
 
 
 def test_hooks_on_the_parameters_are_left_alone(tmp_path):
