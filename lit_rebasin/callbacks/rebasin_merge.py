@@ -136,10 +136,8 @@ class RebasinMerge(TaskMerger, Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Begin a task, and find the permutation groups on its first batch, so that a model without any fails at once."""
-        if not self._pending:
-            self._begin_task(pl_module)
-            if self.settings.start != "previous":
-                restart_averages(trainer, pl_module)
+        if not self._pending and self._begin_task(pl_module) and self.settings.start != "previous":
+            restart_averages(trainer, pl_module)
         self._pending = True
         self._look_at(StepLoss(pl_module, trainer.precision_plugin), batch)
 

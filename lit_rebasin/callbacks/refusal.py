@@ -11,7 +11,7 @@ from lit_rebasin.merging import NoFiniteLossError
 # What errors of matching and merging say of networks whose weights or activations have grown beyond all bounds.
 _NOT_FINITE = ("NaN", "infinity", "must be finite", "non-finite", "invalid numeric entries")
 # What torch says where an allocation fails outside of CUDA, in a RuntimeError of no class of its own.
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
 class WorseMergeError(ValueError):
@@ -43,11 +43,14 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def check_loss(loss: float, previous: float, trained: float, margin: float) -> None:
-    """Raise an error if the loss of a merge is not finite, or greater than both networks' by more than the margin."""
+    """Raise an error if the loss of a merge is not finite, or greater than both networks' by more than the margin.
+
+    A network without a finite loss counts for nothing: a merge may not be far worse than the other one.
+    """
     if not isfinite(loss):
         raise NoFiniteLossError("the loss of the merged model on training batches is NaN or infinite")
-    worse = max(previous, trained)
-    if loss > worse + margin:
+    ends = [end for end in (previous, trained) if isfinite(end)]
+    if ends and loss > max(ends) + margin:
         raise WorseMergeError(
             f"its loss on training batches is {loss:.4g}, more than margin={margin:g} above that of the previous model, {previous:.4g}, and of "
             f"the trained one, {trained:.4g}"

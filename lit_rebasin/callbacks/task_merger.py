@@ -13,13 +13,13 @@ from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.callbacks.correction import correct
 from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, first_batches, measure
 from lit_rebasin.callbacks.merge import MergeOutcome, merge_task
-from lit_rebasin.callbacks.refusal import Refusal, check_loss, is_of_numbers, reason_of
+from lit_rebasin.callbacks.refusal import Refusal, WorseMergeError, check_loss, is_of_numbers, reason_of
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.callbacks.start import begin, check_resettable
 from lit_rebasin.callbacks.step_features import check_readable
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
 from lit_rebasin.callbacks.step_spec import step_spec
-from lit_rebasin.merging import has_batch_norm
+from lit_rebasin.merging import NoFiniteLossError, has_batch_norm
 from lit_rebasin.merging.path import weights_of, write_weights
 from lit_rebasin.symmetry import PermutationSpec, join
 
@@ -60,6 +60,7 @@ class TaskMerger:
             "history": self.history,
             "trained": sorted(self._trained),
             "begun": self._begun,
+            "initial": self._initial if self.previous is None else {},
             "spec": self.spec.to_json() if self.spec is not None else None,
             "known": self._known.means,
             "known_tasks": self._known.tasks,
@@ -73,6 +74,7 @@ class TaskMerger:
         self._trained = set(state_dict["trained"])
         # States of older versions lack what they did not know.
         self._begun = state_dict.get("begun", self.n_tasks)
+        self._initial = dict(state_dict.get("initial", {}))
         self._known = Known(dict(state_dict.get("known", {})), state_dict.get("known_tasks", 0))
         self.spec = PermutationSpec.from_json(state_dict["spec"]) if state_dict["spec"] is not None else None
 
@@ -98,15 +100,18 @@ class TaskMerger:
                 "of the tasks so far, which this state lacks, for it was saved with other settings."
             )
 
-    def _begin_task(self, module: nn.Module) -> None:
-        """Write the weights that a task begins with, unless it has begun before, and note what is not trained yet."""
+    def _begin_task(self, module: nn.Module) -> bool:
+        """Write the weights that a task begins with, and note what is not trained yet; return False for one that has begun before."""
         self._traced = False
+        begins = self._begun < self.n_tasks
         if self.previous is None:
             self.spec = None
-            self._initial = {name: tensor.cpu().clone() for name, tensor in weights_of(module).items()}
-        elif self._begun < self.n_tasks:
+            if begins or not self._initial:
+                self._initial = {name: tensor.cpu().clone() for name, tensor in weights_of(module).items()}
+        elif begins:
             begin(module, self.settings.start, self.settings.seed + self.n_tasks)
         self._begun = self.n_tasks
+        return begins
 
     def _look_at(self, step: StepLoss, batch: Any) -> None:
         """Find the permutation groups on the first batch of a task, so that a network without any fails at once."""
@@ -191,7 +196,9 @@ class TaskMerger:
             reason = reason_of(error)
             if reason is None:
                 raise
-            if not is_of_numbers(error) or self._has_loss(step, draw, trained):
+            asks = is_of_numbers(error) or isinstance(error, WorseMergeError)
+            if not asks or self._has_loss(step, draw, trained):
+                self._know_anew(step, draw, trained)
                 return None, Refusal(reason, "trained")
             write_weights(module, self.previous)
             return None, Refusal(reason, "previous")
@@ -234,6 +241,8 @@ class TaskMerger:
             write_weights(module, outcome.weights)
             correct(module, step, outcome, self.settings.statistics)
             check_loss(numbers["loss_after"], *ends, self.settings.margin)
+            if broken := self._not_finite(module):
+                raise NoFiniteLossError(f"the merged model has NaN or infinity in {broken!r}")
         rank_zero_info(
             f"Task {task}: merged with alpha {numbers['alpha']:.2f}, {numbers['moved']} neurons moved, "
             f"loss on training batches {numbers['loss_before']:.4f} -> {numbers['loss_after']:.4f}."
@@ -254,6 +263,20 @@ class TaskMerger:
                 "back to: lower the learning rate."
             )
         self._known.add(measured)
+
+    def _know_anew(self, step: StepLoss, draw: Draw, kept: Mapping[str, Tensor]) -> None:
+        """Measure a network that is kept without a merge: what is known is of another, whose neurons may stand in another order."""
+        if self.settings.measured is None:
+            return
+        try:
+            with step.quiet():
+                torch.manual_seed(self.settings.seed + self.n_tasks)
+                measured = measure(self.settings, step, kept, draw)
+        except Exception as error:
+            if reason_of(error) is None:
+                raise
+            return  # what is short now may not be later: the old is better than nothing
+        self._known.add(measured, 1.0)
 
     @property
     def _share_of_new(self) -> float | None:

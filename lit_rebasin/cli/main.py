@@ -88,6 +88,11 @@ def _run(words: list[str]) -> int:
             return 1
         if words[0] in ("inspect", "align", "merge"):
             return int(ending.code or 0)
+        if type(ending).__name__ == "SIGTERMException":  # Lightning's, without a code
+            return _fail(
+                "ended by SIGTERM, as machines that are taken away send it; go on with --resume or --ckpt_path last",
+                143,
+            )
         return 0 if not ending.code else _fail("interrupted", 130, ending)
     except UsageError as error:
         return _fail(str(error), 2)
@@ -97,7 +102,7 @@ def _run(words: list[str]) -> int:
         place = error.filename or "a file cannot be written or read"
         return _fail(f"{place}: {error.strerror}" if error.strerror else str(error), 1, error)
     except (ValueError, RuntimeError, MemoryError) as error:
-        return _fail(str(error), 1, error)
+        return _fail(str(error) or "out of memory", 1, error)
     except Exception as error:
         # Lightning's own complaints about a configuration; anything else is a fault of ours and keeps its traceback.
         if type(error).__name__ != "MisconfigurationException":

@@ -1,5 +1,6 @@
 """The folder that a command writes to."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,7 +40,7 @@ def gone_if_empty(*folders: Path) -> Iterator[None]:
 def _try_to_write(folder: Path, path: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
+        probe = folder / f".write-test-{os.getpid()}"  # other processes may look as well
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:

@@ -5,7 +5,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_rebasin import RebasinMerge
+from lit_rebasin import RebasinMerge, input_moments
+from lit_rebasin.callbacks.refusal import WorseMergeError, check_loss
 
 from .plain import Held, Plain, batches, tensors
 from .user_code import make_trainer
@@ -56,6 +57,8 @@ def test_a_merge_that_is_far_worse_than_both_networks_is_undone(tmp_path):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
     ],
 )
 def test_a_merge_that_runs_out_of_memory_is_undone(tmp_path, monkeypatch, error):
@@ -93,6 +96,7 @@ class Endless(Plain):
         ValueError("previous_moments['net.0.weight'] must be finite: the inputs of the layer hold NaN or infinity."),
         ValueError("gain holds a NaN or an infinity, so it has no best permutation."),
         ValueError("matrix contains invalid numeric entries"),
+        WorseMergeError("its loss on training batches is far greater"),
     ],
 )
 @pytest.mark.parametrize("diverges", [False, True])
@@ -134,6 +138,43 @@ def test_a_merge_that_its_correction_breaks_is_undone(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"is refused: the loss of the merged model .* NaN.*The trained model is kept"):
         module, held = two_tasks(tmp_path, merge)
     assert same(module.net, held.trained)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_merge_whose_statistics_are_no_numbers_is_undone(tmp_path, monkeypatch, value):
+    merge, module, held = RebasinMerge(0.5), Plain(norm=True), Held()
+    make_trainer(tmp_path, held, merge).fit(module, batches(0))
+    monkeypatch.setattr(
+        "lit_rebasin.callbacks.correction.reestimate_batch_norm",
+        lambda module, *args, **kwargs: module.net[1].running_var.fill_(value),
+    )
+    with pytest.warns(UserWarning, match=r"NaN or infinity in 'net.1.running_var'\. The trained model is kept"):
+        make_trainer(tmp_path, held, merge).fit(module, batches(1))
+    assert same(module.net, held.trained)
+    assert all(torch.equal(merge.previous[f"net.{name}"], tensor) for name, tensor in tensors(held.trained).items())
+
+
+def test_what_is_known_after_a_refusal_is_of_the_network_that_is_kept(tmp_path, monkeypatch):
+    merge, module, held = RebasinMerge(0.5, combine="regmean"), Plain(), Held()
+    make_trainer(tmp_path, held, merge).fit(module, batches(0))
+    monkeypatch.setattr(METHOD, run_out(MemoryError()))
+    make_trainer(tmp_path, held, merge).fit(module, batches(1))
+    assert merge.history[0]["kept"] == "trained"
+    with torch.no_grad():
+        expected = input_moments(module, lambda batch: module.net(batch[0]), batches(1))
+    known = merge.state_dict()["known"]
+    assert known.keys() == expected.keys()
+    for name, moments in expected.items():
+        torch.testing.assert_close(known[name], moments)
+
+
+def test_a_network_without_a_finite_loss_is_none_to_compare_with():
+    nan, inf = float("nan"), float("inf")
+    for previous, trained in ((nan, 0.1), (0.1, nan), (inf, 0.1), (0.1, 0.2)):
+        with pytest.raises(WorseMergeError):
+            check_loss(2.0, previous, trained, margin=1.0)
+    for previous, trained in ((nan, inf), (0.1, 3.0), (3.0, 0.1), (0.9, 1.1)):
+        check_loss(2.0, previous, trained, margin=1.0)
 
 
 @pytest.mark.parametrize("margin", [-0.1, float("nan"), "1"])

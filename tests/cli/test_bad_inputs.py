@@ -112,7 +112,11 @@ def take_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_an_interrupted_fit_leaves_whole_checkpoints(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM.*--resume")],
+)
+def test_an_interrupted_fit_leaves_whole_checkpoints(tmp_path, number, code, says):
     words = [*FIT, "--data.epochs_per_task=20000", "--threads=1"]
     saver = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
     words += [saver, "--trainer.callbacks.dirpath=out/often", "--trainer.callbacks.every_n_train_steps=1"]
@@ -122,10 +126,10 @@ def test_an_interrupted_fit_leaves_whole_checkpoints(tmp_path):
         until = time.monotonic() + 120
         while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < until and process.poll() is None:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         *lines, last = process.stderr.read().decode().splitlines()
-        assert process.wait(60) == 130
-    assert last == "lit-rebasin: error: interrupted"
+        assert process.wait(60) == code
+    assert re.match(f"lit-rebasin: error: {says}", last)
     assert "Traceback" not in "".join(lines)
     names = whole_files(tmp_path / "out")
     assert [name for name in names if name.endswith(".ckpt")]
