@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -84,7 +85,7 @@ class FeatureLearningMonitor(Monitor):
         if now == self._done or trainer.current_epoch % (self.every_n_epochs or 1):
             return
         self._done = now
-        step = StepLoss(pl_module, trainer.precision_plugin)
+        step = _full_precision(trainer, pl_module)
         self._before = {}
         with self._forgiving(), step.quiet():
             self._probe = self._examples(trainer, step)
@@ -96,7 +97,7 @@ class FeatureLearningMonitor(Monitor):
     ) -> None:
         """Read the features after the step, and draw what was measured when a task ends."""
         if self._before:
-            step = StepLoss(pl_module, trainer.precision_plugin)
+            step = _full_precision(trainer, pl_module)
             with self._forgiving(), torch.no_grad():
                 with step.quiet(), recorded(step.module, list(self._before)) as calls:
                     step.loss(self._probe)
@@ -158,6 +159,12 @@ class FeatureLearningMonitor(Monitor):
                     f"Layer {name} stands still: one step changes its features by {layer['speed']:.1e} of their size, those of the fastest "
                     f"layer by {fastest:.1e}; {cause}. lit_rebasin.suggest_scales(model, batch) proposes initial scales and learning rates."
                 )
+
+
+def _full_precision(trainer: "pl.Trainer", module: "pl.LightningModule") -> StepLoss:
+    """Return the step without autocast, in which a small change of the features would be lost in rounding."""
+    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    return StepLoss(module, Precision() if mixed else trainer.precision_plugin)
 
 
 def _features_and_gradients(step: StepLoss, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:

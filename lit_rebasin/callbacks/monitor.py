@@ -36,7 +36,8 @@ class Monitor(Callback):
     def __init__(self, every_n_epochs: int | None, examples: int) -> None:
         super().__init__()
         for name, number in (("every_n_epochs", every_n_epochs), ("examples", examples)):
-            if number is not None and (type(number) is not int or number < 1):
+            may_lack = number is None and name == "every_n_epochs"
+            if not may_lack and (type(number) is not int or number < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
         self.every_n_epochs, self.examples = every_n_epochs, examples
         self.history: list[dict[str, Any]] = []

@@ -65,6 +65,7 @@ def loss_plane(
         check_weights(name, weights)
         check_same_architecture(weights, first, (f"{name} network", "first network"))
     origin = {name: tensor.detach() for name, tensor in first.items()}
+    _check_origin(origin, second, third)
     along, across = (_difference(other, origin) for other in (second, third))
     for name, difference in (("second", along), ("third", across)):
         _check_finite(f"{name} network", difference)
@@ -86,6 +87,15 @@ def loss_plane(
     with torch.no_grad():
         values = [[measured(left, up) for left in x.tolist()] for up in y.tolist()]
     return PlaneLosses(x, y, torch.tensor(values, dtype=torch.float64), corners)
+
+
+def _check_origin(origin: Weights, *others: Weights) -> None:
+    """Refuse what is not finite in the first network alone; a mask of minus infinity is there in all."""
+    for key, tensor in origin.items():
+        if not tensor.isfinite().all():
+            for other in others:
+                if not torch.allclose(tensor, other[key].detach(), equal_nan=True):
+                    raise ValueError(f"The first network holds NaN or infinity in {key!r}, which the others do not.")
 
 
 def _check_finite(name: str, difference: Weights) -> None:

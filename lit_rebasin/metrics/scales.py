@@ -71,8 +71,9 @@ def suggest_scales(
         change: Relative change of the features before the last layer in one step.
 
     Returns:
-        One for each layer, in the order of use. A layer whose weight another module uses without a call, such as the output projection of
-        ``nn.MultiheadAttention``, is not measured: it is scaled only as the end of a branch. Nor is one whose output is all zeros.
+        One for each layer, in the order of use; of layers with one and the same weight, the last. A layer whose weight another module uses
+        without a call, such as the output projection of ``nn.MultiheadAttention``, is not measured: it is scaled only as the end of a branch.
+        Nor is one whose output is all zeros.
 
     Raises:
         TypeError: If the network is no module, the batch no pair of inputs and target, the loss no function or its result no tensor, or
@@ -208,10 +209,11 @@ def _balanced_rates(
     """Return learning rates under which all layers take as much off the loss and the features before ``last`` change by ``change``."""
     squares = {name: _square(own) for name, own in gradients.items()}
     before = _features(trial, args, {}, last)
+    weights = {key: trial.get_parameter(key) for own in gradients.values() for key in own}
 
     def changed(decay: float) -> float:
         stepped = {
-            key: trial.get_parameter(key) - decay / squares[name] * gradient
+            key: weights[key] - decay / squares[name] * gradient
             for name, own in gradients.items()
             for key, gradient in own.items()
         }

@@ -201,3 +201,15 @@ def test_a_dead_layer_is_named_though_weight_decay_moves_it(tmp_path):
     with pytest.warns(UserWarning, match=r"Layer net\.0 stands still: .*no gradient comes back to it"):
         fit(tmp_path, monitor, Dead(), max_epochs=1)
     assert monitor.history[0]["feature_learning/speed/net.0"] > 1e-3
+
+
+def test_mixed_precision_rounds_no_small_change_away(tmp_path):
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        monitor = FeatureLearningMonitor(examples=60)
+        fit(tmp_path, monitor, Plain(rate=1e-3), max_epochs=1, precision=precision)
+        found.append(monitor.history[0])
+    for name in ("speed", "cosine"):
+        for layer in ("net.0", "net.2", "net.4", "head"):
+            exact, mixed = (one[f"feature_learning/{name}/{layer}"] for one in found)
+            assert mixed == pytest.approx(exact, rel=0.05), (name, layer)

@@ -120,7 +120,9 @@ def test_state_goes_on():
     assert (other.history, other.task, other._finished) == (monitor.history, 1, 2)
 
 
-@pytest.mark.parametrize(("name", "value"), [("every_n_epochs", 0), ("examples", 0), ("examples", 2.5)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("every_n_epochs", 0), ("examples", 0), ("examples", 2.5), ("examples", None)]
+)
 @pytest.mark.parametrize("kind", MONITORS)
 def test_arguments_out_of_range(kind, name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value}"):

@@ -71,6 +71,8 @@ def test_arguments_that_do_not_fit():
         loss_plane(weights(0), weights(1), {"a": weights(2)["a"]}, lambda one: 0.0)
     with pytest.raises(ValueError, match="The third network holds NaN or infinity in 'a'"):
         loss_plane(weights(0), weights(1), {**weights(2), "a": weights(2)["a"] * float("nan")}, lambda one: 0.0)
+    with pytest.raises(ValueError, match="The first network holds NaN or infinity in 'a', which the others do not"):
+        loss_plane({**weights(0), "a": weights(0)["a"] * float("nan")}, weights(1), weights(2), lambda one: 0.0)
 
 
 @pytest.mark.parametrize(

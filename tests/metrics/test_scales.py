@@ -298,6 +298,17 @@ def test_the_network_and_the_random_state_are_left_alone():
     assert model.kept is None
 
 
+def test_a_module_that_stands_in_a_network_twice():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(4, 3))
+    batch = torch.randn(20, 4), torch.arange(20) % 3
+    scales = suggest_scales(model, batch)
+    assert [scale.name for scale in scales] == ["0", "4"]
+    decays, moved = step(applied(model, scales), scales, *batch)
+    assert moved == pytest.approx(0.01, rel=0.03)
+    assert decays[0] == pytest.approx(decays[1], rel=1e-3)
+
+
 def test_layers_that_are_used_twice_and_frozen_ones():
     class Twice(nn.Module):
         def __init__(self):
