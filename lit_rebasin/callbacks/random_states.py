@@ -38,7 +38,17 @@ class RandomStates(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember what a checkpoint holds until the fit goes on, for much is drawn in between."""
+        """Remember what a checkpoint holds until the fit goes on, for much is drawn in between.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        try:
+            torch.Generator().set_state(state_dict["torch"])
+            random.Random().setstate(state_dict["python"])
+            np.random.RandomState().set_state(_of_numpy(state_dict))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The state of RandomStates is damaged: {error}.") from None
         self._kept = state_dict
 
     @override
@@ -70,6 +80,10 @@ class RandomStates(Callback):
         if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(states["cuda"])
         random.setstate(states["python"])
-        numpy = states["numpy"]
-        key = np.array(numpy["state"]["key"], dtype=np.uint32)
-        np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})  # noqa: NPY002
+        np.random.set_state(_of_numpy(states))  # noqa: NPY002
+
+
+def _of_numpy(states: dict[str, Any]) -> dict[str, Any]:
+    """Return NumPy's part with the key as the array that it takes."""
+    numpy = states["numpy"]
+    return {**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], dtype=np.uint32)}}

@@ -13,6 +13,7 @@ from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.callbacks.correction import correct
 from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, first_batches, measure
 from lit_rebasin.callbacks.merge import MergeOutcome, merge_task
+from lit_rebasin.callbacks.merge_state import check_merge_state
 from lit_rebasin.callbacks.refusal import Refusal, WorseMergeError, check_loss, is_of_numbers, reason_of
 from lit_rebasin.callbacks.settings import MergeSettings
 from lit_rebasin.callbacks.start import begin, check_resettable
@@ -67,7 +68,12 @@ class TaskMerger:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
+        """Take over what a checkpoint holds.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        check_merge_state(type(self).__name__, state_dict)
         self.previous = dict(state_dict["previous"]) or None
         self.n_tasks = state_dict["n_tasks"]
         self.history = list(state_dict["history"])

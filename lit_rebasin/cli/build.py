@@ -35,6 +35,11 @@ class MethodRecord(pl.Callback):
 
     def __init__(self, method: str, seed: int) -> None:
         self.method, self.seed = method, seed
+        self.began = False  # whether the training has begun, or gone on
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began = True
 
     @override
     def state_dict(self) -> dict[str, Any]:

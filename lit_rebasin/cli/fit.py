@@ -11,7 +11,7 @@ from lit_rebasin.cli.build import Run, build_run, log_outcome
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import print_accuracy
-from lit_rebasin.cli.resumed_checkpoint import check_checkpoint
+from lit_rebasin.cli.resumed_checkpoint import check_checkpoint, restoring
 from lit_rebasin.cli.run_record import recorded
 
 # Warnings of others about what is as it should be here.
@@ -42,7 +42,7 @@ def _fit(cli: ContinualCLI, method: str, seed: int, folder: Path) -> None:
     savers = [ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)] if saves else []
     run = build_run(cli, method, seed, folder, savers)
     path = _checkpoint(cli.config.ckpt_path, run)
-    with recorded(cli, run, folder):
+    with recorded(cli, run, folder), restoring(run, path):
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=path)
     if run.trainer.is_global_zero and print_accuracy(method, run.monitor.matrix, run.n_tasks, folder):
         log_outcome(run, run.monitor.matrix[: run.n_tasks, : run.n_tasks])

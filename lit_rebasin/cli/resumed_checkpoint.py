@@ -1,14 +1,24 @@
 """The checkpoint that a run goes on from, checked before anything is written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
 from torch import Tensor
 
+from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RandomStates, RebasinMerge
 from lit_rebasin.cli.build import Run
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.merging.checkpoint_file import CheckpointError, read_torch
+
+_NEEDED = (
+    RebasinMerge,
+    ModeConnectivity,
+    RandomStates,
+    ContinualMonitor,
+)  # without their states a run goes on as another one
 
 
 def check_checkpoint(run: Run, path: Path) -> None:
@@ -30,13 +40,31 @@ def check_checkpoint(run: Run, path: Path) -> None:
         run.data.load_state_dict(held[type(run.data).__qualname__])
         _check_weights(run.model.state_dict(), held["state_dict"])
         _check_optimizers(run, held["optimizer_states"])
-        _ = held["loops"]["fit_loop"], held["callbacks"][run.monitor.state_key]
+        callbacks: list[Callback] = run.trainer.callbacks  # type: ignore[attr-defined]
+        needed = [one for one in callbacks if isinstance(one, _NEEDED)]
+        _ = held["loops"]["fit_loop"], [held["callbacks"][one.state_key] for one in needed]
     except _UnfitError as error:
         raise UsageError(f"checkpoint {path} is of another run: {error}; go on with what it was begun with") from None
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UsageError(
             f"checkpoint {path} is not a checkpoint of `lit-rebasin`, or one of another version, for it lacks {error}; begin the run anew"
         ) from None
+
+
+@contextmanager
+def restoring(run: Run, path: str | Path | None) -> Iterator[None]:
+    """Say of an error that comes before the training goes on that the checkpoint is damaged.
+
+    Raises:
+        UsageError: For an error with no sentence of its own.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        if path is None or run.record.began:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"checkpoint {path} is damaged, or of another version ({what}); begin the run anew") from error
 
 
 class _UnfitError(Exception):

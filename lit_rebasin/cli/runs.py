@@ -22,6 +22,7 @@ from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
 from lit_rebasin.cli.results import Outcome, Setting
 from lit_rebasin.cli.resume import checkpoint_to_resume
+from lit_rebasin.cli.resumed_checkpoint import restoring
 from lit_rebasin.cli.run_record import RunRecord, recorded
 from lit_rebasin.cli.workers import workers
 from lit_rebasin.continual import ContinualClassifier
@@ -111,7 +112,8 @@ def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch", checkpoint: Path | Non
             cli.config.threads,
             lambda task, epochs: watch.advance(task, run.n_tasks, epochs, epochs),
         )
-    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
+    with restoring(run, checkpoint):
+        run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
     return complete(run.monitor.matrix, run.n_tasks)
 
 

@@ -168,6 +168,19 @@ def test_what_is_known_after_a_refusal_is_of_the_network_that_is_kept(tmp_path, 
         torch.testing.assert_close(known[name], moments)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_tasks", "2"), ("n_tasks", -1), ("previous", {"w": "junk"}), ("previous", {"w": torch.full((2,), torch.nan)})],
+)
+def test_a_damaged_state_is_refused(tmp_path, name, value):
+    merge = RebasinMerge(0.5)
+    make_trainer(tmp_path, merge).fit(Plain(), batches(0))
+    state = merge.state_dict()
+    with pytest.raises(ValueError, match="The state of RebasinMerge is damaged"):
+        RebasinMerge(0.5).load_state_dict({**state, name: value})
+    RebasinMerge(0.5).load_state_dict(state)
+
+
 def test_a_network_without_a_finite_loss_is_none_to_compare_with():
     nan, inf = float("nan"), float("inf")
     for previous, trained in ((nan, 0.1), (0.1, nan), (inf, 0.1), (0.1, 0.2)):

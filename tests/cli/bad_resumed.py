@@ -55,6 +55,22 @@ ROWS = [
         "last.ckpt is not a checkpoint of `lit-rebasin`",
     ),
     _resumed("a list", lambda place: torch.save([1], place.folder / LAST), "last.ckpt"),
+    _resumed("without the random states", _without("callbacks", "RandomStates"), "for it lacks 'RandomStates'"),
+    _resumed(
+        "with numbers for random states",
+        changed(LAST, lambda held: held["callbacks"]["RandomStates"].update(torch=torch.zeros(3))),
+        "The state of RandomStates is damaged",
+    ),
+    _resumed(
+        "with a word for its progress",
+        changed(LAST, lambda held: held["loops"]["fit_loop"].update(epoch_progress="junk")),
+        "last.ckpt is damaged, or of another version .*; begin the run anew",
+    ),
+    _resumed(
+        "with a word for its optimizer's state",
+        changed(LAST, lambda held: held["optimizer_states"][0]["state"].update({0: "junk"})),
+        "last.ckpt is damaged, or of another version .*; begin the run anew",
+    ),
     _resumed("NaN", changed(LAST, _nan), "last.ckpt.*NaN"),
     _resumed("without its weights", _without("state_dict"), "last.ckpt is not a checkpoint of `lit-rebasin`"),
     _resumed("without its optimizer", _without("optimizer_states"), "last.ckpt is not a checkpoint of `lit-rebasin`"),

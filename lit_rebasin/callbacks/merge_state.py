@@ -1,0 +1,22 @@
+"""What a checkpoint holds of the merges so far."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def check_merge_state(owner: str, state: Mapping[str, Any]) -> None:
+    """Refuse the state of a merging callback or plugin whose values are none that it writes.
+
+    Raises:
+        ValueError: If the count of tasks or the previous network is damaged.
+    """
+    count, previous = state["n_tasks"], state["previous"]
+    if type(count) is not int or count < 0:
+        raise ValueError(f"The state of {owner} is damaged: n_tasks is {count!r}.")
+    for name, tensor in previous.items():
+        if not isinstance(tensor, Tensor) or tensor.isnan().any():
+            raise ValueError(
+                f"The state of {owner} is damaged: {name!r} of the previous network is no tensor of numbers."
+            )
