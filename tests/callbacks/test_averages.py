@@ -3,11 +3,16 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lit_rebasin import ContinualClassifier, ContinualDataModule, RebasinMerge
+from lit_rebasin import ContinualClassifier, ContinualDataModule, RandomStates, RebasinMerge
 
 from .monitored import Plain, whole
 from .user_code import make_trainer
@@ -106,8 +111,10 @@ def classifier():
     return ContinualClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)))
 
 
-def stream():
-    return ContinualDataModule("rotated-digits", n_tasks=3, epochs_per_task=1, batch_size=256, replay_per_class=1)
+def stream(n_tasks=3, epochs_per_task=1):
+    return ContinualDataModule(
+        "rotated-digits", n_tasks=n_tasks, epochs_per_task=epochs_per_task, batch_size=256, replay_per_class=1
+    )
 
 
 def test_in_a_stream_every_task_has_an_average_of_its_own(tmp_path):
@@ -134,3 +141,25 @@ def test_an_average_that_begins_once_a_fit_is_refused_in_a_stream(tmp_path):
     trainer = make_trainer(tmp_path, StochasticWeightAveraging(0.1), RebasinMerge(), **options)
     with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging begins once a fit"):
         trainer.fit(classifier(), datamodule=stream())
+
+
+def test_an_average_goes_on_where_a_fit_is_resumed_inside_a_task(tmp_path):
+    def fitted(folder, checkpoint=None):
+        torch.manual_seed(0)
+        module, saver = (
+            classifier(),
+            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+        )
+        merge = RebasinMerge(alpha=0.5, start="fresh")
+        callbacks = [EMAWeightAveraging(decay=0.9), saver, RandomStates(), merge]
+        trainer = make_trainer(
+            folder, *callbacks, max_epochs=4, enable_checkpointing=True, reload_dataloaders_every_n_epochs=1
+        )
+        trainer.fit(module, datamodule=stream(n_tasks=2, epochs_per_task=2), ckpt_path=checkpoint)
+        return parameters(module)
+
+    whole_fit = fitted(tmp_path / "whole")
+    for epoch in (0, 1, 2):
+        resumed = fitted(tmp_path / str(epoch), tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        for name, parameter in resumed.items():
+            assert torch.equal(parameter, whole_fit[name]), (epoch, name)
