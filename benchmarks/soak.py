@@ -2,7 +2,7 @@
 
 Trains a small network on 200 tasks of rotated digits, with replay, merges and checkpoints: once with a monitor and a TensorBoard
 logger, once without. Reads the resident memory and the open files of the process after every task, fits their slopes from the
-tenth task on and in the second half, and writes docs/results/soak.md. Lightning's progress bar is off, as from the command line:
+tenth task on and in the second half, and writes docs/results/soak.md. Lightning's progress bar is off, as in `lit-rebasin benchmark`:
 it keeps a line for every loader of every validation, and there is one a task. Run:
 
     python benchmarks/soak.py
@@ -127,7 +127,7 @@ def main():
     }
     text = (
         "# A long stream\n\n"
-        f"{options.tasks} tasks of rotated digits in one fit: replay, a merge and a checkpoint after each; resident memory of the process. The "
+        f"{options.tasks} tasks of rotated digits in one fit: replay, a merge and a checkpoint after each; resident memory of the process after a garbage collection. The "
         "accuracy matrix, the history and the replay grow with the tasks, as they must.\n\n"
         f"Made by `python benchmarks/soak.py --tasks {options.tasks}`.\n\n{table(runs)}\n"
     )
