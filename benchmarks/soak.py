@@ -127,8 +127,8 @@ def main():
     }
     text = (
         "# A long stream\n\n"
-        f"{options.tasks} tasks of rotated digits in one fit: replay, a merge and a checkpoint after each; resident memory of the process after "
-        "a garbage collection. The accuracy matrix, the history and the replay grow with the tasks, as they must.\n\n"
+        f"{options.tasks} tasks of rotated digits in one fit: replay, a merge and a checkpoint after each; resident memory of the process "
+        "after a garbage collection. The accuracy matrix, the history and the replay grow with the tasks, as they must.\n\n"
         f"Made by `python benchmarks/soak.py --tasks {options.tasks}`.\n\n{table(runs)}\n"
     )
     print(text)

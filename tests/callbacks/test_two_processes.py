@@ -37,6 +37,7 @@ def test_ranks_end_with_the_merge_of_the_first_and_monitors_change_nothing(tmp_p
     watched, found = run(tmp_path / "monitored", "monitored")
     for weights in (alone[1], *watched):
         assert same(alone[0], weights)
+    assert [histories["alignments"] for histories in (*plain, *found)] == [1, 0, 1, 0]
     merges = [histories["RebasinMerge"] for histories in (*plain, *found)]
     for history in merges:
         assert [entry["task"] for entry in history] == [1]
@@ -46,6 +47,14 @@ def test_ranks_end_with_the_merge_of_the_first_and_monitors_change_nothing(tmp_p
             entries = histories[kind.__name__]
             assert entries[-1]["task"] == 1
             assert all(math.isfinite(value) for entry in entries for value in entry.values())
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_merge_that_is_refused(tmp_path):
+    weights, (first, second) = run(tmp_path / "refused", "refused")
+    assert same(*weights)
+    assert first["RebasinMerge"] == second["RebasinMerge"]
+    assert [entry["kept"] for entry in first["RebasinMerge"]] == ["trained"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lit_rebasin.callbacks.merge
 from lit_rebasin import ContinualClassifier, ContinualDataModule, ContinualMonitor, RebasinMerge
 
 from .monitored import MONITORS, Plain, X, Y
@@ -80,12 +81,34 @@ def given(folder, devices):
     return stream(folder, devices, Given())
 
 
-CASES = {"plain": tasks, "monitored": monitored, "stream": stream, "given": given}
+def refused(folder, devices):
+    """The alignment runs out of memory in the process that does it."""
+
+    def find(*args, **kwargs):
+        raise MemoryError
+
+    lit_rebasin.callbacks.merge.find = find
+    return tasks(folder, devices)
+
+
+CASES = {"plain": tasks, "monitored": monitored, "stream": stream, "given": given, "refused": refused}
+
+
+def counted(function, calls):
+    def call(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def main(folder, case, devices):
+    calls = []
+    lit_rebasin.callbacks.merge.find = counted(lit_rebasin.callbacks.merge.find, calls)
     fitted, module, callbacks = CASES[case](folder, devices)
-    found = {type(one).__name__: getattr(one, "history", None) or one.rows for one in callbacks}
+    found = {"alignments": len(calls)} | {
+        type(one).__name__: getattr(one, "history", None) or one.rows for one in callbacks
+    }
     torch.save(module.state_dict(), folder / f"weights_{fitted.global_rank}.pt")
     (folder / f"found_{fitted.global_rank}.json").write_text(json.dumps(found))
 
