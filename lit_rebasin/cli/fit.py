@@ -11,6 +11,7 @@ from lit_rebasin.cli.build import Run, build_run, log_outcome
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import print_accuracy
+from lit_rebasin.cli.resume import check_settings
 from lit_rebasin.cli.resumed_checkpoint import check_checkpoint, restoring
 from lit_rebasin.cli.run_record import recorded
 
@@ -41,21 +42,23 @@ def _fit(cli: ContinualCLI, method: str, seed: int, folder: Path) -> None:
     saves = cli.config.trainer.enable_checkpointing is not False
     savers = [ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)] if saves else []
     run = build_run(cli, method, seed, folder, savers)
-    path = _checkpoint(cli.config.ckpt_path, run)
+    path = _checkpoint(cli, run)
     with recorded(cli, run, folder), restoring(run, path):
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=path)
     if run.trainer.is_global_zero and print_accuracy(method, run.monitor.matrix, run.n_tasks, folder):
         log_outcome(run, run.monitor.matrix[: run.n_tasks, : run.n_tasks])
 
 
-def _checkpoint(given: str | None, run: Run) -> str | None:
+def _checkpoint(cli: ContinualCLI, run: Run) -> str | None:
     """Return the checkpoint from which to go on, if there is one, once it is seen to be of the run."""
+    given: str | None = cli.config.ckpt_path
     if given is None:
         return None
     path = _last(run) if given == "last" else Path(given)
     if path is None:
         return given  # Lightning says that there is none, and begins
     check_checkpoint(run, path)
+    check_settings(cli, run, path)
     return str(path)
 
 

@@ -100,16 +100,37 @@ def remove_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def check_settings(cli: ContinualCLI, run: Run, path: Path) -> None:
+    """Refuse to go on from a checkpoint with other data, another model or another merge than its run was begun with.
+
+    Raises:
+        UsageError: If they differ. A checkpoint that lies elsewhere than its run has put it is not known to be of any.
+    """
+    record = path.parent.parent / "config.yaml"
+    if not record.is_file():
+        return
+    now = yaml.safe_load(cli.parser.dump(run.config, skip_validation=True))
+    for key, before, value in _differences(_configuration(record), now):
+        if key.split(".")[0] in ("data", "model", "merge"):
+            raise UsageError(
+                f"the run of {path} was begun with {key}={before!r}, not {value!r}; go on with what it was begun with"
+            )
+
+
 def _check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    for key, before, value in _differences(begun, now):
+        raise UsageError(
+            f"{what} with {key}={before!r}, not {value!r}; go on with what it was begun with, choose another --output_dir, or "
+            "pass --overwrite to begin anew"
+        )
+
+
+def _differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what may not differ and does: the key, its value before, and now."""
     before = dict(_flat(begun))
     for key, value in _flat(now):
-        if key.split(".")[0] in _FREE or key in _FILLED:
-            continue
-        if before.get(key) != value:
-            raise UsageError(
-                f"{what} with {key}={before.get(key)!r}, not {value!r}; go on with what it was begun with, choose another --output_dir, or "
-                "pass --overwrite to begin anew"
-            )
+        if key.split(".")[0] not in _FREE and key not in _FILLED and before.get(key) != value:
+            yield key, before.get(key), value
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

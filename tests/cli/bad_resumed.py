@@ -71,6 +71,15 @@ ROWS = [
         changed(LAST, lambda held: held["optimizer_states"][0]["state"].update({0: "junk"})),
         "last.ckpt is damaged, or of another version .*; begin the run anew",
     ),
+    *(
+        BadInput(
+            f"going on with another {key}",
+            begun("fit"),
+            [*FIT, f"--ckpt_path={LAST}", f"--{key}={value}"],
+            f"last.ckpt was begun with {key.replace('lr', 'init_args.lr')}=.*, not {value}; go on with what it was begun with",
+        )
+        for key, value in (("model.optimizer.lr", 0.9), ("data.batch_size", 7), ("merge.alpha", 0.1))
+    ),
     _resumed("NaN", changed(LAST, _nan), "last.ckpt.*NaN"),
     _resumed("without its weights", _without("state_dict"), "last.ckpt is not a checkpoint of `lit-rebasin`"),
     _resumed("without its optimizer", _without("optimizer_states"), "last.ckpt is not a checkpoint of `lit-rebasin`"),
