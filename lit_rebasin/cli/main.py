@@ -102,7 +102,8 @@ def _run(words: list[str]) -> int:
         place = error.filename or "a file cannot be written or read"
         return _fail(f"{place}: {error.strerror}" if error.strerror else str(error), 1, error)
     except (ValueError, RuntimeError, MemoryError) as error:
-        return _fail(str(error) or "out of memory", 1, error)
+        nameless = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+        return _fail(str(error) or nameless, 1, error)
     except Exception as error:
         # Lightning's own complaints about a configuration; anything else is a fault of ours and keeps its traceback.
         if type(error).__name__ != "MisconfigurationException":

@@ -274,3 +274,13 @@ def test_help_of_a_command_is_light_and_names_only_keys_that_exist(command, caps
     everything = capsys.readouterr().out
     for key in keys:
         assert f"--{key}" in everything, key
+
+
+@pytest.mark.parametrize(("error", "says"), [(MemoryError, "out of memory"), (RuntimeError, "RuntimeError")])
+def test_an_error_without_words_is_named(monkeypatch, capsys, error, says):
+    def run_fit(words):
+        raise error
+
+    monkeypatch.setattr("lit_rebasin.cli.fit.run_fit", run_fit)
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"lit-rebasin: error: {says}"
