@@ -16,7 +16,7 @@ from lit_rebasin.cli.checks import check_benchmark
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import LEARNING, METHODS
 from lit_rebasin.cli.output_folder import output_folder
-from lit_rebasin.cli.report import results_table, write_pictures, write_results
+from lit_rebasin.cli.report import FormerResults, results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, Setting, make_results
 from lit_rebasin.cli.resume import finished_runs, remove_checkpoints
 from lit_rebasin.cli.runs import Report, run_here, run_side_by_side
@@ -110,11 +110,12 @@ def _finished(
 ) -> Iterator[tuple[tuple[str, int], Outcome, Setting]]:
     """Run methods with seeds, and yield what each comes to as soon as it is finished."""
     places = [_place(folder, method, seed) for method, seed in planned]
+    former = FormerResults.of(folder) if cli.config.overwrite else None
     if cli.config.processes == 1:
         for (method, seed), place in zip(planned, places, strict=True):
-            yield (method, seed), *run_here(configured[method], method, seed, place, report)
+            yield (method, seed), *run_here(configured[method], method, seed, place, report, former)
         return
-    for number, (k, found) in enumerate(run_side_by_side(cli, planned, places, cli.config.processes), start=1):
+    for number, (k, found) in enumerate(run_side_by_side(cli, planned, places, cli.config.processes, former), start=1):
         report(1, f"{number} of {len(planned)} runs")
         yield planned[k], *found
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,6 +30,35 @@ COLUMNS = {
     "backward_transfer": "backward transfer %",
     "seconds": "seconds",
 }
+
+
+# What a benchmark writes beside the folders of its runs; what the others are made of comes last.
+_FILES = ("accuracy_matrix.png", "accuracy_over_tasks.png", "results.md", "results.json")
+
+
+@dataclass(frozen=True)
+class FormerResults:
+    """The results of a benchmark that another one takes the place of, as soon as its training begins.
+
+    Attributes:
+        folder: Where they lie.
+        written: When, in nanoseconds, which tells them from those of the new one.
+    """
+
+    folder: Path
+    written: int
+
+    @classmethod
+    def of(cls, folder: Path) -> "FormerResults | None":
+        """Return those of a folder, if it holds any."""
+        path = folder / "results.json"
+        return cls(folder, path.stat().st_mtime_ns) if path.exists() else None
+
+    def remove(self) -> None:
+        """Remove them, if no run has done so before."""
+        if FormerResults.of(self.folder) == self:
+            for name in _FILES:
+                (self.folder / name).unlink(missing_ok=True)
 
 
 def results_table(results: dict[str, Any]) -> Table:

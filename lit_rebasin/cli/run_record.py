@@ -13,14 +13,14 @@ from typing_extensions import override
 from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
 from lit_rebasin.cli.build import Run
 from lit_rebasin.cli.output_folder import gone_if_empty
-from lit_rebasin.cli.report import write_text
+from lit_rebasin.cli.report import FormerResults, write_text
 
 
 class RunRecord(pl.Callback):
     """Writes what is run as soon as its training begins, so that a run that is refused leaves those before it as they are."""
 
-    def __init__(self, cli: ContinualCLI, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, cli: ContinualCLI, run: Run, folder: Path, former: FormerResults | None) -> None:
+        self.run, self.folder, self.former = run, folder, former
         self.text = cli.parser.dump(run.config, skip_validation=True)
         self.is_written = False
 
@@ -45,6 +45,8 @@ class RunRecord(pl.Callback):
 
     def _write(self) -> None:
         if self.run.trainer.is_global_zero:
+            if self.former is not None:
+                self.former.remove()
             write_text(self.folder / "config.yaml", self.text)
             write_text(self.folder / "versions.yaml", yaml.safe_dump(package_versions()))
             write_text(self.folder / "command.txt", f"{command_line()}\n")
@@ -52,9 +54,12 @@ class RunRecord(pl.Callback):
 
 
 @contextmanager
-def recorded(cli: ContinualCLI, run: Run, folder: Path) -> Iterator[RunRecord]:
-    """Have a run recorded when its training begins; of one that ends in an error before, nothing stays, its event files neither."""
-    record = RunRecord(cli, run, folder)
+def recorded(cli: ContinualCLI, run: Run, folder: Path, former: FormerResults | None = None) -> Iterator[RunRecord]:
+    """Have a run recorded when its training begins, in place of a former benchmark's results, if there are any.
+
+    Of a run that ends in an error before, nothing stays, its event files neither.
+    """
+    record = RunRecord(cli, run, folder, former)
     run.trainer.callbacks.append(record)  # type: ignore[attr-defined]
     with gone_if_empty(folder / "tensorboard", folder / "checkpoints"):
         try:

@@ -20,6 +20,7 @@ from lit_rebasin.cli.build import QUIET, Run, build_run, log_outcome
 from lit_rebasin.cli.completeness import complete
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
+from lit_rebasin.cli.report import FormerResults
 from lit_rebasin.cli.results import Outcome, Setting
 from lit_rebasin.cli.resume import checkpoint_to_resume
 from lit_rebasin.cli.resumed_checkpoint import restoring
@@ -31,8 +32,10 @@ from lit_rebasin.continual import ContinualClassifier
 Report = Callable[[float, str], None]
 
 
-def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Report) -> tuple[Outcome, Setting]:
-    """Train a method with a seed; its logs and configuration go to ``folder``."""
+def run_here(
+    cli: ContinualCLI, method: str, seed: int, folder: Path, report: Report, former: FormerResults | None
+) -> tuple[Outcome, Setting]:
+    """Train a method with a seed; its logs and configuration go to ``folder``, where ``former`` results make way."""
     if METHODS[method].baseline:
         import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
     gc.collect()  # network and data of the run before hang in cycles, which Python is in no hurry to free
@@ -40,7 +43,7 @@ def run_here(cli: ContinualCLI, method: str, seed: int, folder: Path, report: Re
     savers = _savers(cli, method, folder)
     run = build_run(cli, method, seed, folder, [watch, *savers], **{**QUIET, "enable_checkpointing": bool(savers)})
     checkpoint = checkpoint_to_resume(cli, run, folder)
-    with recorded(cli, run, folder) as record:
+    with recorded(cli, run, folder, former) as record:
         matrix = _matrix(cli, run, watch, checkpoint, record)
     log_outcome(run, matrix)
     return Outcome(matrix, watch.seconds, watch.cpu_seconds, _moved(run)), Setting.of(run)
@@ -62,11 +65,15 @@ def _savers(cli: ContinualCLI, method: str, folder: Path) -> list[ModelCheckpoin
 
 
 def run_side_by_side(
-    cli: ContinualCLI, planned: Sequence[tuple[str, int]], places: Sequence[Path], processes: int
+    cli: ContinualCLI,
+    planned: Sequence[tuple[str, int]],
+    places: Sequence[Path],
+    processes: int,
+    former: FormerResults | None,
 ) -> Iterator[tuple[int, tuple[Outcome, Setting]]]:
     """Yield the places of methods with their seeds among those planned, and what they come to, run in several processes at a time."""
     jobs = [
-        (cli.arguments, method, seed, place, cli.config.threads)
+        (cli.arguments, method, seed, place, cli.config.threads, former)
         for (method, seed), place in zip(planned, places, strict=True)
     ]
     with workers(processes) as pool:
@@ -78,11 +85,14 @@ def run_side_by_side(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_process(job: tuple[list[str], str, int, Path, int | None]) -> tuple[Outcome, Setting]:
-    words, method, seed, place, threads = job
+def _in_process(
+    job: tuple[list[str], str, int, Path, int | None, FormerResults | None],
+) -> tuple[Outcome, Setting]:
+    words, method, seed, place, threads, former = job
     set_threads(threads)
     hush()
-    return run_here(ContinualCLI("benchmark", words).for_method(method), method, seed, place, lambda share, text: None)
+    cli = ContinualCLI("benchmark", words).for_method(method)
+    return run_here(cli, method, seed, place, lambda share, text: None, former)
 
 
 def _cpu_seconds() -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -81,8 +82,8 @@ def _sweep(
         raise
     finally:
         rows = _rows(trials, method)
-        _write(folder, method, rows, options, arguments)
         if rows:
+            _write(folder, method, rows, options, arguments)
             Console().print(_table(rows, method))
     if failed:
         name, reason = next(iter(failed.items()))
@@ -194,11 +195,14 @@ def _listed_before(path: Path) -> dict[str, Any]:
 
 def _run(trial: Trial, options: Namespace, words: Sequence[str], per_method: Mapping[str, Any]) -> str | None:
     """Run a benchmark of one method in a process of its own; return what went wrong, if anything did."""
-    command = [sys.executable, "-m", "lit_rebasin", "benchmark", *_words(trial, options, words, per_method)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    begin = [sys.executable, "-m", "lit_rebasin.cli.child", str(os.getpid()), "benchmark"]
+    done = subprocess.run(
+        [*begin, *_words(trial, options, words, per_method)], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0 and trial.result(options.method) is not None:
         return None
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    lines = done.stderr.strip().splitlines() if done.returncode else []
+    lines = lines or [f"it left no results that are complete, and exit code {done.returncode}"]
     return lines[-1].removeprefix("lit-rebasin: error: ")
 
 

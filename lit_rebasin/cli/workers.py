@@ -12,11 +12,13 @@ _LOOKS = 0.5  # seconds between two looks at the parent
 def workers(count: int) -> ProcessPoolExecutor:
     """Return a pool of fresh processes that end when this one does, also if it is killed and can tell them nothing."""
     return ProcessPoolExecutor(
-        count, mp_context=get_context("spawn"), initializer=_end_with_parent, initargs=(os.getpid(),)
+        count, mp_context=get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
     )
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
+    """End this process when that with the number ``parent``, which has begun it, does."""
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_LOOKS)

@@ -158,6 +158,26 @@ def test_a_benchmark_that_was_killed_ends_as_if_it_never_was(tmp_path):
         assert not list(folder.rglob("*.ckpt"))
 
 
+def test_a_benchmark_in_the_place_of_another_goes_on_after_a_kill_in_its_first_run(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    other = ["--merge.alpha", "0.25"]
+    for_average = ["--methods", "average", "--seeds", "0"]
+    jobs = [
+        {"words": command(whole, *for_average, *other)},
+        {"words": command(cut, *for_average)},
+        {"words": command(cut, *for_average, *other, "--overwrite"), "sabotage": ["half", "last.ckpt", 2]},
+        {"words": command(cut, *for_average, *other, "--resume")},
+    ]
+    assert run_jobs(tmp_path, jobs) == [0, 0, KILLED, 0], said(tmp_path)
+    assert numbers(cut) == numbers(whole)
+
+
+def test_a_trial_ends_with_a_sweep_that_is_killed(tmp_path):
+    long = ["sweep", *STREAM, "--data.epochs_per_task", "9999", "--method", "average", "--vary", "merge.alpha=0.5"]
+    job = {"words": [*long, "--output_dir", str(tmp_path / "out")], "when": [str(tmp_path), "out/**/config.yaml"]}
+    assert run_jobs(tmp_path, [job]) == [KILLED], said(tmp_path)
+
+
 def test_workers_end_with_a_benchmark_that_is_killed(tmp_path):
     words = ["benchmark", *STREAM, "--methods", "average", "--seeds", "0,1", "--processes", "2", "--output_dir"]
     folder = tmp_path / "cut"
@@ -208,6 +228,14 @@ def test_what_does_not_go_on(finished, words, says, capsys):
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(says, error), error
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_results_stay_where_the_benchmark_in_their_place_does_not_begin(finished, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    words = ["--methods", "average", "--seeds", "0", "--overwrite", "--data.batch_size", "0"]
+    assert main(command(finished, *words)) == 1
+    assert "batch_size must be" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_of_another_configuration_does_not_go_on(tmp_path, capsys):

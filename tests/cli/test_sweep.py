@@ -77,6 +77,14 @@ def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
     assert len(json.loads((tmp_path / "sweep.json").read_text())["trials"]) == 1
 
 
+def test_a_trial_that_leaves_no_results_has_failed(tmp_path, monkeypatch, capsys):
+    quiet = SimpleNamespace(returncode=0, stderr="a warning\n")
+    monkeypatch.setattr("lit_rebasin.cli.sweep.subprocess.run", lambda *_, **__: quiet)
+    assert sweep(tmp_path, "--vary", "merge.alpha=0.1") == 1
+    assert "it left no results that are complete, and exit code 0" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
