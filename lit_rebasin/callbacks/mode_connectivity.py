@@ -105,8 +105,8 @@ class ModeConnectivity(Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Forget the networks of an earlier fit, if this one begins with the first task."""
-        if trainer.datamodule.task == 0:  # type: ignore[attr-defined]
+        """Forget the networks of an earlier fit, if this one begins with the first task and goes on from no checkpoint."""
+        if trainer.global_step == 0 and trainer.datamodule.task == 0:  # type: ignore[attr-defined]
             self.previous = self.trained = None
             self.n_tasks, self._initial, self._learned = 0, {}, set()
 
@@ -137,12 +137,13 @@ class ModeConnectivity(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return both networks, the number of tasks, and what they have trained."""
+        """Return both networks, the number of tasks, what they have trained, and where the first one began."""
         return {
             "previous": self.previous or {},
             "trained": self.trained or {},
             "n_tasks": self.n_tasks,
             "learned": sorted(self._learned),
+            "initial": self._initial,
         }
 
     @override
@@ -152,6 +153,7 @@ class ModeConnectivity(Callback):
         self.trained = dict(state_dict["trained"]) or None
         self.n_tasks = state_dict["n_tasks"]
         self._learned = set(state_dict["learned"])
+        self._initial = dict(state_dict.get("initial", {}))  # which states of older versions lack
 
     def _connect(self, trainer: "pl.Trainer", module: "pl.LightningModule", previous: Mapping[str, Tensor]) -> None:
         trained = {name: tensor.detach().clone() for name, tensor in weights_of(module).items()}

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lit_rebasin.callbacks.averages import check_averages, restart_averages, take_averages
-from lit_rebasin.callbacks.report import log_merge, log_refusal, log_settings
+from lit_rebasin.callbacks.report import log_settings, log_task_end
 from lit_rebasin.callbacks.settings import MergeSettings, Method
 from lit_rebasin.callbacks.start import Start
 from lit_rebasin.callbacks.step_loss import StepLoss, as_trained, draw_batches
@@ -191,10 +191,7 @@ class RebasinMerge(TaskMerger, Callback):
         # The loop counts this batch only later, but the checkpoint of this task is written in between.
         self._steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         self._pending = False
-        if outcome is not None:
-            log_merge(trainer, outcome, self.history)
-        elif self.history and "refused" in self.history[-1] and self.history[-1]["task"] == self.n_tasks - 1:
-            log_refusal(trainer, self.history[-1])
+        log_task_end(trainer, outcome, self.history, self.n_tasks - 1)
 
     def _draw(self, trainer: "pl.Trainer") -> Generator[Any, None, None]:
         if self.examples == "training":

@@ -32,14 +32,25 @@ def log_settings(trainer: "pl.Trainer", settings: MergeSettings) -> None:
         logger.log_hyperparams({f"rebasin_merge/{name}": value for name, value in asdict(settings).items()})
 
 
-def log_merge(trainer: "pl.Trainer", outcome: MergeOutcome, history: Sequence[Mapping[str, Any]]) -> None:
-    """Log a merge: its numbers at the step of its task, the cost of its alignment, the loss along its path, and pictures.
+def log_task_end(
+    trainer: "pl.Trainer", outcome: MergeOutcome | None, history: Sequence[Mapping[str, Any]], task: int
+) -> None:
+    """Log what has become of a task: a merge, its refusal, or nothing, as after the first one.
 
     Args:
         trainer: Whose loggers.
-        outcome: How the merge came about.
-        history: All merges so far, as `RebasinMerge` keeps them; this one is the last.
+        outcome: How the merge came about, if there was one.
+        history: All merges so far, as `RebasinMerge` keeps them.
+        task: The one that has ended.
     """
+    if outcome is not None:
+        _log_merge(trainer, outcome, history)
+    elif history and "refused" in history[-1] and history[-1]["task"] == task:
+        _log_refusal(trainer, history[-1])
+
+
+def _log_merge(trainer: "pl.Trainer", outcome: MergeOutcome, history: Sequence[Mapping[str, Any]]) -> None:
+    """Log a merge: its numbers at the step of its task, the cost of its alignment, the loss along its path, and pictures."""
     task = history[-1]["task"]
     numbers = {f"merge/{name}": value for name, value in outcome.numbers.items()}
     numbers |= {f"displacement/{name}": share for name, share in outcome.alignment.displacement.items()}
@@ -54,13 +65,8 @@ def log_merge(trainer: "pl.Trainer", outcome: MergeOutcome, history: Sequence[Ma
         logger.save()
 
 
-def log_refusal(trainer: "pl.Trainer", entry: Mapping[str, Any]) -> None:
-    """Log that a merge was undone, at the step of its task; TensorBoard shows why, too.
-
-    Args:
-        trainer: Whose loggers.
-        entry: Of the history of `RebasinMerge`.
-    """
+def _log_refusal(trainer: "pl.Trainer", entry: Mapping[str, Any]) -> None:
+    """Log that a merge was undone, at the step of its task; TensorBoard shows why, too."""
     for logger in trainer.loggers:
         logger.log_metrics({"merge/refused": 1.0}, step=entry["task"])
         if isinstance(logger, TensorBoardLogger):

@@ -16,7 +16,7 @@ from lit_rebasin.cli.checks import check_benchmark
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import LEARNING, METHODS
 from lit_rebasin.cli.output_folder import output_folder
-from lit_rebasin.cli.report import FormerResults, results_table, write_pictures, write_results
+from lit_rebasin.cli.report import FormerResults, refusals, results_table, write_pictures, write_results
 from lit_rebasin.cli.results import Outcome, Setting, make_results
 from lit_rebasin.cli.resume import finished_runs, remove_checkpoints
 from lit_rebasin.cli.runs import Report, run_here, run_side_by_side
@@ -43,6 +43,8 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     with output_folder(cli.config.output_dir) as folder:
         results = _run_all(cli, configured, planned, seeds, folder)
     Console().print(results_table(results))
+    for sentence in refusals(results):
+        Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
     Console(soft_wrap=True).print(f"Results, pictures and TensorBoard logs: {folder}")
     return results
 

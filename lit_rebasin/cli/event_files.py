@@ -16,6 +16,7 @@ PATTERN = "*events.out.tfevents.*"
 
 _Scalars = dict[str, dict[int, float]]  # by tag and step
 _OF_TASKS = re.compile(r"accuracy/task_\d+|merge/alpha|path/(before|after)_task_\d+|displacement/.+", re.DOTALL)
+_REFUSED = "merge/refused_because/text_summary"  # as TensorBoard calls the text merge/refused_because
 _OF_MONITORS = re.compile(r"(geodesic|connectivity|connectivity_reference|sharpness|feature_learning)/.+", re.DOTALL)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -27,6 +28,7 @@ class RunLog:
     Attributes:
         accuracies: By task trained, and by task evaluated.
         alphas: By the task that was merged in.
+        refused: Why there was no merge, by the task.
         before: The loss along the path without alignment, by that task and alpha in per cent.
         after: The same with it.
         displacement: The share of neurons moved, by that task and the name of the permutation group.
@@ -41,6 +43,7 @@ class RunLog:
     before: dict[int, dict[int, float]] = field(default_factory=dict)
     after: dict[int, dict[int, float]] = field(default_factory=dict)
     displacement: dict[int, dict[str, float]] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
     monitored: _Scalars = field(default_factory=dict)
     pictures: dict[str, dict[int, bytes]] = field(default_factory=dict)
     damages: dict[Path, str] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class RunLog:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is known of the run."""
-        merges = (self.alphas, self.before, self.after, self.displacement)
+        merges = (self.alphas, self.before, self.after, self.displacement, self.refused)
         return not any((self.accuracies, *merges, self.monitored, self.pictures))
 
     @property
@@ -71,12 +74,14 @@ class _Version:
     """What some versions of a run have logged, by tag and step."""
 
     of_tasks: _Scalars = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
     monitored: _Scalars = field(default_factory=dict)
     pictures: dict[str, dict[int, bytes]] = field(default_factory=dict)
 
     def add(self, later: "_Version") -> None:
         for tag, by_step in later.of_tasks.items():
             self.of_tasks.setdefault(tag, {}).update(by_step)
+        self.refused.update(later.refused)
         for tag, by_step in later.monitored.items():
             for step, value in by_step.items():
                 self.add_number(tag, step, value)
@@ -145,6 +150,8 @@ def _take(version: _Version, step: int, value: Any) -> None:
     tag, kind = value.tag, value.WhichOneof("value")
     if kind == "simple_value" and _OF_TASKS.fullmatch(tag):
         version.of_tasks.setdefault(tag, {})[step] = value.simple_value
+    elif kind == "tensor" and tag == _REFUSED:
+        version.refused[step] = b"".join(value.tensor.string_val).decode("utf-8", "replace")
     elif kind == "simple_value" and _OF_MONITORS.fullmatch(tag):
         version.add_number(tag, step, value.simple_value)
     elif kind == "image" and _OF_MONITORS.fullmatch(tag):
@@ -155,16 +162,17 @@ def _take(version: _Version, step: int, value: Any) -> None:
 
 def _begins_anew(version: _Version, found: _Version) -> bool:
     """Return whether a version begins where those found before it began: by its first task, or if one has none, by the steps of monitors."""
-    first, first_found = _first_task(version.of_tasks), _first_task(found.of_tasks)
+    first, first_found = _first_task(version), _first_task(found)
     if first is None or first_found is None:
         first, first_found = _first_step(version.monitored), _first_step(found.monitored)
     return first is not None and first_found is not None and first <= first_found
 
 
-def _first_task(scalars: _Scalars) -> int | None:
+def _first_task(version: _Version) -> int | None:
     """Return the first task that was measured, or if none was, that before the first merge."""
+    scalars = version.of_tasks
     measured = [step for tag, by_step in scalars.items() if tag.startswith("accuracy/") for step in by_step]
-    merged = [task - 1 for task in scalars.get("merge/alpha", {})]
+    merged = [task - 1 for task in (*scalars.get("merge/alpha", {}), *version.refused)]
     return min(measured or merged, default=None)
 
 
@@ -174,6 +182,7 @@ def _first_step(scalars: _Scalars) -> int | None:
 
 def _sorted_out(found: _Version, damages: Mapping[Path, str]) -> RunLog:
     log = RunLog(monitored=found.monitored, pictures=found.pictures, damages=dict(damages))
+    log.refused = dict(sorted(found.refused.items()))
     log.alphas = dict(sorted(found.of_tasks.get("merge/alpha", {}).items()))
     for tag, by_step in found.of_tasks.items():
         kind, _, name = tag.partition("/")

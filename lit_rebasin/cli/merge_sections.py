@@ -19,28 +19,47 @@ def merge_section(method: str, slug: str, logs: Sequence[RunLog]) -> str:
         slug: What ids end in.
         logs: One a run.
     """
-    figures, remarks = [], []
+    merged = any(log.alphas for log in logs)
+    remarks = [*(_remarks(logs) if merged else []), *_refusals(logs), *_lacking(logs)]
+    said = "".join(f"<p>{text(remark)}</p>\n" for remark in remarks)
+    return f"<h3>{text(method)}</h3>\n{said}{_pictures(method, slug, logs) if merged else ''}"
+
+
+def _pictures(method: str, slug: str, logs: Sequence[RunLog]) -> str:
     paths, shares = paths_of(logs), mean_shares(logs)
-    if paths:
-        figures.append(_paths_picture(method, slug, paths))
-    else:
-        remarks.append("The loss along the path is not in these logs, which an earlier version has written.")
+    above = _paths_picture(method, slug, paths) if paths else ""
     side_by_side = [_displacement_picture(method, slug, shares)] if shares else []
     side_by_side.append(_alpha_picture(method, slug, logs))
+    return f'{above}\n<div class="figures">\n{"".join(side_by_side)}</div>'
+
+
+def _remarks(logs: Sequence[RunLog]) -> list[str]:
+    """Say what would be looked for in vain in the pictures."""
+    paths, shares = paths_of(logs), mean_shares(logs)
+    remarks = [] if paths else ["The loss along the path is not in these logs, which an earlier version has written."]
     if all(alpha == 0 for log in logs for alpha in log.alphas.values()):
         remarks.append("Nothing is merged: alpha is 0 throughout, so the network stays as it was trained.")
     elif paths and not shares:
         remarks.append("No neuron is moved: the networks are merged as they are, without an alignment.")
     elif shares and not any(share for by_group in shares.values() for share in by_group.values()):
         remarks.append("The alignment leaves every neuron where it is.")
-    said = "".join(f"<p>{text(remark)}</p>\n" for remark in [*remarks, *_lacking(logs)])
-    return f'<h3>{text(method)}</h3>\n{said}{"".join(figures)}\n<div class="figures">\n{"".join(side_by_side)}</div>'
+    return remarks
+
+
+def _refusals(logs: Sequence[RunLog]) -> list[str]:
+    """Name the merges that were refused, and why."""
+    return [
+        f"The merge after task {task}{f' of {log.name}' if log.name else ''} was refused: {reason}."
+        for log in logs
+        for task, reason in log.refused.items()
+    ]
 
 
 def _lacking(logs: Sequence[RunLog]) -> list[str]:
-    """Name the tasks between those merged in that some run has no merge of."""
+    """Name the tasks between those merged in that some run says nothing of."""
     last = max(_tasks(log.alphas for log in logs), default=0)
-    lacking = sorted({task for log in logs for task in range(1, last + 1) if task not in log.alphas})
+    known = [log.alphas.keys() | log.refused.keys() for log in logs]
+    lacking = [task for task in range(1, last + 1) if any(task not in one for one in known)]
     tasks = ", ".join(map(str, lacking))
     return [f"Not every run has merged these tasks in: {tasks}. A merge may have been refused."] if lacking else []
 

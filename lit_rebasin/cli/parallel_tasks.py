@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_rebasin.callbacks import RebasinMerge
-from lit_rebasin.callbacks.report import log_accuracies, log_merge
+from lit_rebasin.callbacks.report import log_accuracies, log_task_end
 from lit_rebasin.callbacks.start import begin
 from lit_rebasin.callbacks.step_loss import StepLoss
 from lit_rebasin.cli.app import ContinualCLI, hush
@@ -107,8 +107,7 @@ def _merged(run: Run, folder: Path, arrivals: Iterator[int]) -> Tensor:
 
         merge._look_at(step, next(draw()))
         outcome = merge._finish_task(step, draw)
-        if outcome is not None:
-            log_merge(trainer, outcome, merge.history)
+        log_task_end(trainer, outcome, merge.history, task)
         evaluate(metric, model, data.val_dataloader()[: run.n_tasks], task, device)
         log_accuracies(trainer.loggers, metric.compute().cpu().reshape(run.n_tasks, run.n_tasks), task)
     return metric.compute().cpu().reshape(run.n_tasks, run.n_tasks)

@@ -72,6 +72,22 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
+def seeds_of(results: Mapping[str, Any], method: str) -> list[Any]:
+    """Return the seeds that a method has finished."""
+    protocol = results["protocol"]
+    return [seed for seed in protocol["seeds"] if f"{method} seed {seed}" not in protocol["missing"]]
+
+
+def refusals(results: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for every merge that was refused."""
+    return [
+        f"{method} seed {seed}: the merge after task {entry['task']} was refused: {entry['refused']}; the {entry['kept']} model was kept."
+        for method, found in results["methods"].items()
+        for seed, refused in zip(seeds_of(results, method), found.get("refused", []), strict=False)
+        for entry in refused
+    ]
+
+
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write ``results.json`` and ``results.md``, each complete or not at all."""
     write_text(folder / "results.json", json.dumps(results, indent=1))
@@ -86,7 +102,8 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
         f"Made by `{protocol['command']}` with {', '.join(f'{name} {number}' for name, number in protocol['versions'].items())}, "
         f"{n_threads} thread{'s' * (n_threads > 1)}."
     )
-    write_text(folder / "results.md", f"{about}\n\n{table}\n")
+    undone = "".join(f"\n{sentence}\n" for sentence in refusals(results))
+    write_text(folder / "results.md", f"{about}\n\n{table}\n{undone}")
 
 
 def write_pictures(folder: Path, results: dict[str, Any]) -> None:

@@ -103,7 +103,9 @@ def _same_size(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def _merges(methods: Mapping[str, Learned]) -> str:
     ids = slugs(methods)
-    merging = {name: found.logs for name, found in methods.items() if any(log.alphas for log in found.logs)}
+    merging = {
+        name: found.logs for name, found in methods.items() if any(log.alphas or log.refused for log in found.logs)
+    }
     sections = [merge_section(name, ids[name], logs) for name, logs in merging.items()]
     without = [name for name, found in methods.items() if found.logs and name not in merging]
     if without:

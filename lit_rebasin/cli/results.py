@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ class Outcome:
         seconds: Of the run, by the clock.
         cpu_seconds: Of its processors, all threads and processes of its own together.
         moved: How many neurons each merge has moved; ``None`` where the method does not merge so, or for a merge that was refused.
+        refused: The merges that were refused: the task, why, and which network was kept.
     """
 
     matrix: Tensor
     seconds: float
     cpu_seconds: float
     moved: list[int | None] | None
+    refused: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def _numbers(found: Sequence[Outcome]) -> dict[str, Any]:
     }
     if found[0].moved is not None:
         numbers["moved"] = [outcome.moved for outcome in found]
+        numbers["refused"] = [outcome.refused for outcome in found]
     plain: dict[str, Any] = _without_nan(numbers)
     return plain
 

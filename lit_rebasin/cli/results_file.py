@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.report import COLUMNS
+from lit_rebasin.cli.report import COLUMNS, seeds_of
 
 _KINDS = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number"}
 
@@ -59,6 +59,9 @@ def _check_method(where: str, found: dict[str, Any], n_tasks: int, n_seeds: int)
     for name in COLUMNS:
         if not all(_is_number(value) for value in _need(found, name, list, where)):
             raise ValueError(f"{where}{name} is not a list of numbers")
+    refused = found.get("refused", [[]] * n_seeds)  # which those of an earlier version lack
+    if not _is_list(refused, n_seeds) or not all(map(_is_refusals, refused)):
+        raise ValueError(f"{where}refused is not a list of refused merges")
     matrices = _need(found, "accuracy_matrix", list, where)
     if not all(_is_matrix(matrix, n_tasks) for matrix in matrices):
         raise ValueError(f"{where}accuracy_matrix is not a list of matrices, {n_tasks} x {n_tasks}")
@@ -88,7 +91,9 @@ def _is_list(value: Any, size: int) -> bool:
     return isinstance(value, list) and len(value) == size > 0
 
 
-def seeds_of(results: dict[str, Any], method: str) -> list[Any]:
-    """Return the seeds that a method has finished."""
-    protocol = results["protocol"]
-    return [seed for seed in protocol["seeds"] if f"{method} seed {seed}" not in protocol["missing"]]
+def _is_refusals(value: Any) -> bool:
+    kinds = {"task": int, "refused": str, "kept": str}
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+        for entry in value
+    )

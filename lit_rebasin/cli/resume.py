@@ -11,9 +11,9 @@ import yaml
 from lit_rebasin.cli.app import ContinualCLI
 from lit_rebasin.cli.build import FILLED, Run
 from lit_rebasin.cli.errors import UsageError
-from lit_rebasin.cli.report import as_matrices
+from lit_rebasin.cli.report import as_matrices, seeds_of
 from lit_rebasin.cli.results import Outcome, Setting
-from lit_rebasin.cli.results_file import read_results, seeds_of
+from lit_rebasin.cli.results_file import read_results
 from lit_rebasin.cli.resumed_checkpoint import check_checkpoint
 
 # What may differ between a benchmark and the one that goes on with it.
@@ -52,6 +52,7 @@ def _outcomes(
     found: dict[tuple[str, int], Outcome] = {}
     for method, numbers in results["methods"].items():
         seeds, moved = seeds_of(results, method), numbers.get("moved")
+        refused = numbers.get("refused")
         matrices = as_matrices(numbers["accuracy_matrix"])
         for k, (seed, matrix) in enumerate(zip(seeds, matrices, strict=True)):
             if (method, seed) not in planned:
@@ -59,7 +60,8 @@ def _outcomes(
                     f"output_dir {folder} holds {method} with seed {seed}, which --methods and --seeds leave out; name all that it was begun "
                     "with"
                 )
-            outcome = Outcome(matrix, numbers["seconds"][k], numbers["cpu_seconds"][k], moved[k] if moved else None)
+            merges = moved[k] if moved else None, refused[k] if refused else []
+            outcome = Outcome(matrix, numbers["seconds"][k], numbers["cpu_seconds"][k], *merges)
             found[method, seed] = outcome
     protocol = results["protocol"]
     trainer = {name: protocol["trainer"][name] for name in FILLED}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.event_files import PATTERN, RunLog, event_folders, read_log
-from lit_rebasin.cli.report import COLUMNS, as_matrices, stream_name
-from lit_rebasin.cli.results_file import read_results, seeds_of
+from lit_rebasin.cli.report import COLUMNS, as_matrices, seeds_of, stream_name
+from lit_rebasin.cli.results_file import read_results
 from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
 
 # Of the protocol in results.json, what is no configuration.

@@ -46,7 +46,7 @@ def run_here(
     with recorded(cli, run, folder, former) as record:
         matrix = _matrix(cli, run, watch, checkpoint, record)
     log_outcome(run, matrix)
-    return Outcome(matrix, watch.seconds, watch.cpu_seconds, _moved(run)), Setting.of(run)
+    return Outcome(matrix, watch.seconds, watch.cpu_seconds, *_merges(run)), Setting.of(run)
 
 
 def _savers(cli: ContinualCLI, method: str, folder: Path) -> list[ModelCheckpoint]:
@@ -100,12 +100,13 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _moved(run: Run) -> list[int | None] | None:
-    """Return how many neurons each merge has moved, if there are merges."""
+def _merges(run: Run) -> tuple[list[int | None] | None, list[dict[str, Any]]]:
+    """Return how many neurons each merge has moved, if there are merges, and those that were refused."""
     for callback in run.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RebasinMerge):
-            return [entry.get("moved") for entry in callback.history]
-    return None
+            moved = [entry.get("moved") for entry in callback.history]
+            return moved, [entry for entry in callback.history if "refused" in entry]
+    return None, []
 
 
 def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch", checkpoint: Path | None, record: RunRecord) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from typing_extensions import override
 
 from lit_rebasin.merging.checkpoint_file import read_torch
@@ -38,4 +39,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: If it cannot be read so; the message names the file and what to do.
         """
-        return read_torch(fspath(path))
+        place = fspath(path)
+        if "://" not in place:
+            return read_torch(place)
+        with get_filesystem(place).open(place, "rb") as file:
+            return read_torch(place, file)

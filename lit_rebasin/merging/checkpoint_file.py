@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -142,14 +142,18 @@ def _read_safetensors(file: str) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {file} is no safetensors file") from None
 
 
-def read_torch(file: str) -> dict[str, Any]:
+def read_torch(file: str, opened: IO[bytes] | None = None) -> dict[str, Any]:
     """Return what a file holds that ``torch.save`` has written, if that is a mapping of tensors and plain types.
+
+    Args:
+        file: Its path.
+        opened: The file itself, where the path is not of this machine.
 
     Raises:
         CheckpointError: If there is no such file, or it holds something else.
     """
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        held = torch.load(opened or file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise _unreadable(file, error) from None
     except Exception as error:  # whatever the bytes of a file of another kind lead to

@@ -168,6 +168,29 @@ def test_a_resumed_fit_is_that_without_a_break(tmp_path):
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
+class FirstEpochAlone(Callback):
+    """Trains a bias in the first epoch of every task only, and saves a checkpoint when the first of all is over."""
+
+    def __init__(self, save=None):
+        self.save = save
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.current_epoch % 2:
+            module.backbone[1].bias.grad.zero_()
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.save and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.save)
+
+
+def test_a_fit_resumed_within_the_first_task_is_that_without_a_break(tmp_path):
+    whole = fit(ModeConnectivity(), also=[FirstEpochAlone(tmp_path / "epoch.ckpt")])[0]
+    callback = ModeConnectivity()
+    resumed = fit(callback, also=[FirstEpochAlone()], resume=tmp_path / "epoch.ckpt")[0]
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert "backbone.1.bias" in callback.state_dict()["learned"]
+
+
 def test_both_lines_have_a_lower_loss_than_the_start():
     """On the objective itself, over all that is kept and the whole new task."""
     trained = Trained()

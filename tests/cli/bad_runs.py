@@ -47,6 +47,14 @@ _DAMAGES = {
     "a list": (text(RESULTS, "[1]"), "out/results.json is not as a benchmark writes it: it is no mapping"),
     "nested a hundred thousand times": (text(RESULTS, "[" * 100_000), "out/results.json is no JSON"),
     "without methods": (_result(methods={}), "methods has no method"),
+    "of refused merges in words": (
+        _result(methods__average__refused=["a"]),
+        "methods.average.refused is not a list of refused",
+    ),
+    "of refused merges without a reason": (
+        _result(methods__average__refused=[[{"task": 1, "kept": "trained"}]]),
+        "methods.average.refused is not a list of refused",
+    ),
     "of a seed in words": (_result(protocol__seeds=["a"]), "results.json"),
     "of matrices of another size": (_result(n_tasks=5), "accuracy_matrix is not a list of matrices, 5 x 5"),
     "a pickle with code": (planted(RESULTS), "out/results.json is no JSON"),

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rebasin.callbacks import ModeConnectivity, RebasinMerge
+from lit_rebasin.callbacks.refusal import WorseMergeError
 from lit_rebasin.cli import main
 from lit_rebasin.cli.app import ContinualCLI
 from lit_rebasin.cli.build import build_run, merge_settings
@@ -335,6 +337,21 @@ def test_tasks_in_parallel_give_the_figures_of_tasks_in_turn(tmp_path):
             atol=0,
         )
     assert found[0]["average"]["accuracy"] != found[0]["rebasin"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_a_refused_merge_of_tasks_in_parallel_is_in_the_log(tmp_path, monkeypatch):
+    def refused(*_):
+        raise WorseMergeError("far worse")
+
+    monkeypatch.setattr("lit_rebasin.callbacks.task_merger.check_loss", refused)
+    words = ["--methods=rebasin", "--merge.start=fresh", "--parallel_tasks=2", "--threads=1"]
+    code, found = run(tmp_path, *words)
+    assert code == 0
+    assert [entry["task"] for entry in found["methods"]["rebasin"]["refused"][0]] == [1, 2]
+    (events,) = (tmp_path / "rebasin" / "seed_0").rglob("events.out.*")
+    log = EventAccumulator(str(events)).Reload()
+    assert [(event.step, event.value) for event in log.Scalars("merge/refused")] == [(1, 1.0), (2, 1.0)]
 
 
 def test_tasks_that_depend_on_each_other_are_not_trained_in_parallel(tmp_path, capsys):

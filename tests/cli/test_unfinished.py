@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from lit_rebasin.callbacks.refusal import WorseMergeError
 from lit_rebasin.cli import main
 
 from .words import CONFIG, SMALL
@@ -114,3 +115,54 @@ def test_the_first_tasks_alone_are_a_stream(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["n_tasks"] == 2
     assert torch.tensor(results["methods"]["finetune"]["accuracy_matrix"]).shape == (1, 2, 2)
+
+
+def test_merges_that_are_refused_are_told(tmp_path, monkeypatch, capsys):
+    def refused(loss, *_):
+        if loss in seen[:2]:  # of the first seed, each asked for twice
+            raise WorseMergeError("its loss is <far> [worse]")
+        seen.append(loss)
+
+    seen = []
+    monkeypatch.setattr("lit_rebasin.callbacks.task_merger.check_loss", refused)
+    words = ["benchmark", "--config", CONFIG, *SMALL, "--methods", "average", "--seeds", "0,1"]
+    assert main([*words, "--data.n_tasks=3", "--output_dir", str(tmp_path)]) == 0
+    sentence = (
+        "average seed 0: the merge after task {} was refused: its loss is <far> [worse]; the trained model was kept."
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    written = (tmp_path / "results.md").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())["methods"]["average"]
+    assert results["refused"] == [
+        [{"task": task, "refused": "its loss is <far> [worse]", "kept": "trained"} for task in (1, 2)],
+        [],
+    ]
+    assert results["moved"] == [[None, None], [0, 0]]
+    for task in (1, 2):
+        assert sentence.format(task) in said
+        assert f"\n\n{sentence.format(task)}\n" in written
+    assert "seed 1:" not in said
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    for task in (1, 2):
+        reason = "its loss is &lt;far&gt; [worse]; the trained model is kept"
+        assert f"<p>The merge after task {task} of seed 0 was refused: {reason}.</p>" in page
+    assert "may have been refused" not in page
+    # They outlive a resumption, which runs nothing here.
+    assert main([*words, "--data.n_tasks=3", "--output_dir", str(tmp_path), "--resume"]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["methods"]["average"] == results
+    assert sentence.format(1) in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_method_of_which_every_merge_is_refused_is_shown(tmp_path, monkeypatch):
+    def refused(*_):
+        raise WorseMergeError("far worse")
+
+    monkeypatch.setattr("lit_rebasin.callbacks.task_merger.check_loss", refused)
+    words = ["benchmark", "--config", CONFIG, *SMALL, "--methods", "average", "--seeds", "0"]
+    assert main([*words, "--output_dir", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "The merge after task 1 of seed 0 was refused: far worse; the trained model is kept." in page
+    assert "without RebasinMerge" not in page
+    assert "earlier version" not in page
