@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rebasin.alignment import Alignment
+from lit_rebasin.callbacks.refusal import is_of_numbers, reason_of
 from lit_rebasin.callbacks.settings import Measured, MergeSettings
 from lit_rebasin.callbacks.step_fisher import check_fisher, step_fisher
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
@@ -42,6 +43,54 @@ class Known:
         for name, new in measured.items():
             mean = self.means.get(name, new.cpu())
             self.means[name] = mean + (new.cpu() - mean) * (1 / self.tasks if share is None else share)
+
+    def begin(self, settings: MergeSettings, step: StepLoss, draw: Draw) -> None:
+        """Take in what is measured of the first task.
+
+        Raises:
+            RuntimeError: If that runs out of memory.
+            ValueError: If it is NaN or infinite.
+        """
+        try:
+            measured = _measured_now(settings, step, draw, settings.seed)
+        except Exception as error:
+            if (reason := reason_of(error)) is None or is_of_numbers(error):
+                raise
+            raise RuntimeError(
+                f"The {settings.measured} after the first task, which every merge needs, cannot be measured: {reason}. Make the batches "
+                "smaller, or choose another alpha or combine."
+            ) from error
+        broken = next((name for name, value in measured.items() if not value.isfinite().all()), None)
+        if broken is not None:
+            raise ValueError(
+                f"The {settings.measured} of {broken!r} after the first task is NaN or infinite, and there is no previous model to go back "
+                "to: lower the learning rate."
+            )
+        self.add(measured)
+
+    def begin_anew(self, settings: MergeSettings, step: StepLoss, draw: Draw, task: int) -> None:
+        """Measure a network that is kept without a merge: what is known is of another, whose neurons may stand in another order."""
+        try:
+            measured = _measured_now(settings, step, draw, settings.seed + task)
+        except Exception as error:
+            if reason_of(error) is None:
+                raise
+            return  # what is short now may not be later: the old is better than nothing
+        self.add(measured, 1.0)
+
+
+def copied(module: nn.Module) -> Weights:
+    """Return a copy of a module's parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in weights_of(module).items()}
+
+
+def _measured_now(settings: MergeSettings, step: StepLoss, draw: Draw, seed: int) -> Weights:
+    """Return what is to be kept of the network as it is."""
+    if settings.measured is None:
+        return {}
+    with step.quiet():
+        torch.manual_seed(seed)
+        return measure(settings, step, copied(step.module), draw)
 
 
 def first_batches(step: StepLoss, draw: Draw, count: int) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_rebasin.alignment import check_same_architecture
 from lit_rebasin.callbacks.correction import correct
-from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, first_batches, measure
+from lit_rebasin.callbacks.measured import Draw, Known, check_measurable, copied, first_batches
 from lit_rebasin.callbacks.merge import MergeOutcome, merge_task
 from lit_rebasin.callbacks.merge_state import check_merge_state
 from lit_rebasin.callbacks.refusal import Refusal, WorseMergeError, check_loss, is_of_numbers, reason_of
@@ -159,13 +159,12 @@ class TaskMerger:
             How the merge came about; ``None`` after the first task, where it is refused, and where another process has decided.
         """
         module, task = step.module, self.n_tasks
-        trained = {name: tensor.clone() for name, tensor in weights_of(module).items()}
         if not self._traced and self.settings.method != "identity":
             raise ValueError(
                 f"{_name(module)}.training_step returned None on every batch of task {task}, but the merge needs its loss: "
                 "return a tensor, or a dict with the key 'loss'."
             )
-        outcome, refusal = self._decide(step, draw, trained) if decides else (None, None)
+        outcome, refusal = self._decide(step, draw) if decides else (None, None)
         entry = None if outcome is None else {**outcome.numbers, "displacement": outcome.alignment.displacement}
         weights, refusal, entry, known = broadcast((weights_of(module), refusal, entry, self._known.tasks))
         write_weights(module, weights)
@@ -179,9 +178,7 @@ class TaskMerger:
         self._remember(module)
         return outcome
 
-    def _decide(
-        self, step: StepLoss, draw: Draw, trained: Mapping[str, Tensor]
-    ) -> tuple[MergeOutcome | None, Refusal | None]:
+    def _decide(self, step: StepLoss, draw: Draw) -> tuple[MergeOutcome | None, Refusal | None]:
         """Write the merge into the network; or leave it as it was, if that fails, and say why."""
         module = step.module
         broken = self._not_finite(module)
@@ -190,21 +187,24 @@ class TaskMerger:
                 raise ValueError(
                     f"Training left NaN or infinity in {broken!r}, and there is no previous model to go back to."
                 )
-            self._measure_first(step, draw, trained)
+            self._known.begin(self.settings, step, draw)
             return None, None
         if broken:
             write_weights(module, self.previous)
             return None, Refusal(f"training left NaN or infinity in {broken!r}", "previous")
+        trained: dict[str, Tensor] = {}
         try:
+            trained = copied(module)
             outcome = self._merge(step, draw, trained)
         except BaseException as error:
-            write_weights(module, trained)
+            if trained:
+                write_weights(module, trained)
             reason = reason_of(error)
             if reason is None:
                 raise
             asks = is_of_numbers(error) or isinstance(error, WorseMergeError)
             if not asks or self._has_loss(step, draw, trained):
-                self._know_anew(step, draw, trained)
+                self._known.begin_anew(self.settings, step, draw, self.n_tasks)
                 return None, Refusal(reason, "trained")
             write_weights(module, self.previous)
             return None, Refusal(reason, "previous")
@@ -254,35 +254,6 @@ class TaskMerger:
             f"loss on training batches {numbers['loss_before']:.4f} -> {numbers['loss_after']:.4f}."
         )
         return outcome
-
-    def _measure_first(self, step: StepLoss, draw: Draw, trained: Mapping[str, Tensor]) -> None:
-        """Take in what is measured of the first task."""
-        if self.settings.measured is None:
-            return
-        with step.quiet():
-            torch.manual_seed(self.settings.seed)
-            measured = measure(self.settings, step, trained, draw)
-        broken = next((name for name, value in measured.items() if not value.isfinite().all()), None)
-        if broken is not None:
-            raise ValueError(
-                f"The {self.settings.measured} of {broken!r} after the first task is NaN or infinite, and there is no previous model to go "
-                "back to: lower the learning rate."
-            )
-        self._known.add(measured)
-
-    def _know_anew(self, step: StepLoss, draw: Draw, kept: Mapping[str, Tensor]) -> None:
-        """Measure a network that is kept without a merge: what is known is of another, whose neurons may stand in another order."""
-        if self.settings.measured is None:
-            return
-        try:
-            with step.quiet():
-                torch.manual_seed(self.settings.seed + self.n_tasks)
-                measured = measure(self.settings, step, kept, draw)
-        except Exception as error:
-            if reason_of(error) is None:
-                raise
-            return  # what is short now may not be later: the old is better than nothing
-        self._known.add(measured, 1.0)
 
     @property
     def _share_of_new(self) -> float | None:

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,24 +154,33 @@ def read_torch(file: str, opened: IO[bytes] | None = None) -> dict[str, Any]:
         CheckpointError: If there is no such file, or it holds something else.
     """
     try:
-        held = torch.load(opened or file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that is refused in our own words
+            held = torch.load(opened or file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise _unreadable(file, error) from None
     except Exception as error:  # whatever the bytes of a file of another kind lead to
-        code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code is not None:
-            raise CheckpointError(
-                f"checkpoint {file} holds the Python object {code[1]}, which could run code and is never loaded; "
-                "save the state dict alone, or as safetensors"
-            ) from None
-        raise CheckpointError(
-            f"checkpoint {file} is no file of tensors that torch.load(weights_only=True) reads"
-        ) from None
+        raise CheckpointError(f"checkpoint {file} {_refused(error)}") from None
     if not isinstance(held, dict):
         raise CheckpointError(
             f"checkpoint {file} holds a {type(held).__name__}, not a state dict or a Lightning checkpoint"
         )
     return held
+
+
+def _refused(error: Exception) -> str:
+    """Return in words why torch does not read a file."""
+    is_pickle = isinstance(error, pickle.UnpicklingError)
+    if is_pickle and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        return (
+            f"holds the Python object {code[1]}, which could run code and is never loaded; "
+            "save the state dict alone, or as safetensors"
+        )
+    if is_pickle and "Unsupported operand 149" in str(
+        error
+    ):  # the frame of newer pickles, which torch.save does not write
+        return "is a plain pickle, which could run code and is never loaded; save it with torch.save, or as safetensors"
+    return "is no file of tensors that torch.load(weights_only=True) reads"
 
 
 def _unreadable(file: str, error: OSError) -> CheckpointError:

@@ -80,6 +80,30 @@ def test_a_merge_that_runs_out_of_memory_is_undone(tmp_path, monkeypatch, error)
     assert "alpha" in merge.history[-1]  # with what was kept
 
 
+@pytest.mark.parametrize("options", [{}, {"alpha": "fisher"}])
+def test_a_network_too_large_for_a_second_copy_is_kept(tmp_path, monkeypatch, options):
+    merge, module, held = RebasinMerge(**options), Plain(), Held()
+    make_trainer(tmp_path, held, merge).fit(module, batches(0))
+    known = dict(merge.state_dict()["known"])
+    monkeypatch.setattr("lit_rebasin.callbacks.task_merger.copied", run_out(MemoryError()))
+    with pytest.warns(UserWarning, match=r"merge after task 1 is refused: out of memory.*The trained model is kept"):
+        make_trainer(tmp_path, held, merge).fit(module, batches(1))
+    assert same(module.net, held.trained)
+    assert not same(module.net, held.previous)
+    assert merge.n_tasks == 2
+    now = merge.state_dict()["known"]
+    assert now.keys() == known.keys()
+    assert not any(torch.equal(now[name], known[name]) for name in known)
+
+
+def test_lack_of_memory_after_the_first_task_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_rebasin.callbacks.measured.step_fisher", run_out(MemoryError()))
+    with pytest.raises(
+        RuntimeError, match=r"The Fisher information after the first task.* out of memory: MemoryError\. "
+    ):
+        make_trainer(tmp_path, RebasinMerge("fisher")).fit(Plain(), batches(0))
+
+
 class Endless(Plain):
     """Its loss may be infinite, though its weights are not."""
 

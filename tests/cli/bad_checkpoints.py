@@ -146,7 +146,10 @@ CONTENTS = [
         "a.pt holds the Python object torch.nn.*, which could run code",
     ),
     BadInput(
-        "a plain pickle for a checkpoint", all_of(networks, planted("a.bin")), ["merge", "a.bin", *MERGE[2:]], "a.bin"
+        "a plain pickle for a checkpoint",
+        all_of(networks, planted("a.bin")),
+        ["merge", "a.bin", *MERGE[2:]],
+        "a.bin is a plain pickle, which could run code",
     ),
     BadInput(
         "an .npz for a checkpoint",
