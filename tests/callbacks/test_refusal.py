@@ -151,6 +151,17 @@ def test_other_errors_leave_the_trained_network_and_are_raised(tmp_path, monkeyp
     assert merge.history == []
 
 
+def test_an_interruption_within_a_merge_leaves_the_trained_network(tmp_path, monkeypatch):
+    """Once the merged weights are written, and before they are looked at."""
+    monkeypatch.setattr("lit_rebasin.callbacks.task_merger.correct", run_out(KeyboardInterrupt()))
+    merge, module, held = RebasinMerge(0.5), Plain(), Held()
+    make_trainer(tmp_path, held, merge).fit(module, batches(0))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make_trainer(tmp_path, held, merge).fit(module, batches(1))
+    assert same(module.net, held.trained)
+    assert merge.history == []
+
+
 def test_a_merge_that_its_correction_breaks_is_undone(tmp_path, monkeypatch):
     def broken(merged, *args, **kwargs):
         with torch.no_grad():

@@ -56,3 +56,25 @@ def test_options_of_the_trainer(tmp_path, options):
     assert entry["task"] == 1
     assert all(weight.isfinite().all() for weight in weights)
     assert all(monitor.history for monitor in monitors)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("bf16-mixed", torch.bfloat16),
+        ("64-true", torch.float64),
+    ],
+)
+def test_a_merge_takes_its_losses_in_the_precision_of_the_training(tmp_path, precision, dtype):
+    class Watched(RebasinMerge):
+        def on_train_batch_end(self, trainer, module, *args):
+            handle = module.head.register_forward_hook(lambda layer, inputs, output: found.append(output.dtype))
+            super().on_train_batch_end(trainer, module, *args)
+            handle.remove()
+
+    torch.manual_seed(0)
+    module, merge, found = Plain(), Watched(start="fresh"), []
+    for _ in range(2):
+        make_trainer(tmp_path, merge, precision=precision).fit(module, whole())
+    assert set(found) == {dtype}
