@@ -15,13 +15,18 @@ from .monitored import MONITORS
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, case, devices=2):
-    """Run the script; return the weights and what was found, of each process."""
+def begin(folder, case, devices=2):
+    """Run the script to its end, and return how it ended."""
     folder.mkdir()
     names = {"PATH", "HOME", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR"}
     environment = {name: value for name, value in os.environ.items() if name in names} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.callbacks.two_processes", str(folder), case, str(devices)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run(folder, case, devices=2):
+    """Run the script; return the weights and what was found, of each process."""
+    done = begin(folder, case, devices)
     assert done.returncode == 0, done.stderr
     weights = [torch.load(folder / f"weights_{rank}.pt") for rank in range(devices)]
     return weights, [json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(devices)]
@@ -33,7 +38,7 @@ def same(first, second):
 
 
 def test_ranks_end_with_the_merge_of_the_first_and_monitors_change_nothing(tmp_path):
-    alone, plain = run(tmp_path / "plain", "plain")
+    alone, plain = run(tmp_path / "plain", "tasks")
     watched, found = run(tmp_path / "monitored", "monitored")
     for weights in (alone[1], *watched):
         assert same(alone[0], weights)
@@ -55,6 +60,23 @@ def test_ranks_agree_on_a_merge_that_is_refused(tmp_path):
     assert same(*weights)
     assert first["RebasinMerge"] == second["RebasinMerge"]
     assert [entry["kept"] for entry in first["RebasinMerge"]] == ["trained"]
+
+
+@pytest.mark.slow
+def test_the_information_that_the_first_process_has_is_enough_for_both(tmp_path):
+    weights, (first, second) = run(tmp_path / "fisher", "fisher")
+    assert same(*weights)
+    (entry,) = first["RebasinMerge"]
+    assert entry == second["RebasinMerge"][0]
+    assert 0 < entry["alpha"] < 1
+
+
+@pytest.mark.slow
+def test_a_fault_in_the_process_that_merges_ends_both(tmp_path):
+    done = begin(tmp_path / "faulty", "faulty")
+    assert done.returncode == 1
+    assert "TypeError: a fault of the method" in done.stderr
+    assert not list((tmp_path / "faulty").glob("weights_*"))
 
 
 @pytest.mark.slow

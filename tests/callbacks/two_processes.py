@@ -49,9 +49,9 @@ def trainer(folder, devices, *callbacks, **options):
     )
 
 
-def tasks(folder, devices, monitors=()):
+def tasks(folder, devices, monitors=(), alpha="line-search"):
     """A fit for each of two tasks."""
-    module, merge = Validated(), RebasinMerge(alpha="line-search")
+    module, merge = Validated(), RebasinMerge(alpha)
     for task in range(2):
         loaders = [DataLoader(TensorDataset(x + task, Y), batch_size=10) for x in (X, X.flip(0))]
         fitted = trainer(folder, devices, *monitors, merge, max_epochs=2)
@@ -81,6 +81,20 @@ def given(folder, devices):
     return stream(folder, devices, Given())
 
 
+def fisher(folder, devices):
+    return tasks(folder, devices, alpha="fisher")
+
+
+def faulty(folder, devices):
+    """The alignment ends in an error in the process that does it."""
+
+    def find(*args, **kwargs):
+        raise TypeError("a fault of the method")
+
+    lit_rebasin.callbacks.merge.find = find
+    return tasks(folder, devices)
+
+
 def refused(folder, devices):
     """The alignment runs out of memory in the process that does it."""
 
@@ -91,7 +105,7 @@ def refused(folder, devices):
     return tasks(folder, devices)
 
 
-CASES = {"plain": tasks, "monitored": monitored, "stream": stream, "given": given, "refused": refused}
+CASES = {one.__name__: one for one in (tasks, monitored, stream, given, refused, fisher, faulty)}
 
 
 def counted(function, calls):
