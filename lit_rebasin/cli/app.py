@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lit_rebasin.callbacks import RebasinMerge
 from lit_rebasin.cli.configuration_files import check_file, named_files
-from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.errors import UsageError, refusing
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parser_errors import in_words
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
@@ -153,6 +153,7 @@ class ContinualCLI(LightningCLI):
         except (UsageError, ValueError) as error:
             raise UsageError(f"per_method of {method!r}: {error}") from None
 
+    @refusing()
     def _check_arguments(self) -> None:
         """Say what classes refuse before any run, also one that does without them."""
         RebasinMerge(**self.config.merge.as_dict())

@@ -1,6 +1,6 @@
 """How one method with one seed is built from the configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RandomStates
 from lit_rebasin.cli.app import ContinualCLI
-from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.errors import UsageError, refusing
 from lit_rebasin.cli.methods import METHODS, merge_of
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL, WholeCheckpointIO
 from lit_rebasin.merging.data import evaluating
@@ -83,7 +83,22 @@ def build_run(
         folder: Where logs go.
         callbacks: Further callbacks.
         **trainer_options: Take the place of the configuration's.
+
+    Raises:
+        UsageError: If the configuration, or the data that it names, cannot be used.
     """
+    with refusing():
+        return _build_run(cli, method, seed, folder, callbacks, trainer_options)
+
+
+def _build_run(
+    cli: ContinualCLI,
+    method: str,
+    seed: int,
+    folder: Path,
+    callbacks: Sequence[pl.Callback],
+    trainer_options: Mapping[str, Any],
+) -> Run:
     chosen = METHODS[method]
     config = cli.config.clone()
     config.seed_everything = config.data.seed = config.merge.seed = seed
@@ -124,7 +139,7 @@ def _check_network(model: ContinualClassifier, data: ContinualDataModule) -> Non
             model(x, tasks)
     except RuntimeError as error:
         shape = " x ".join(map(str, data.input_shape))
-        raise RuntimeError(
+        raise UsageError(
             f"model.backbone does not take images of {shape}, as {data.stream.name} has: {error}"
         ) from error
     try:

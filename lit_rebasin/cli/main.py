@@ -95,7 +95,7 @@ def _run(words: list[str]) -> int:
             )
         return 0 if not ending.code else _fail("interrupted", 130, ending)
     except UsageError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2, error)
     except BrokenPipeError:
         raise
     except OSError as error:

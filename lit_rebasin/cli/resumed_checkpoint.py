@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RandomStates, RebasinMerge
 from lit_rebasin.cli.build import Run
-from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.errors import UsageError, refusing
 from lit_rebasin.merging.checkpoint_file import CheckpointError, read_torch
 
 _NEEDED = (
@@ -21,12 +21,12 @@ _NEEDED = (
 )  # without their states a run goes on as another one
 
 
+@refusing()
 def check_checkpoint(run: Run, path: Path) -> None:
     """Refuse a file that is no checkpoint, or one of another run.
 
     Raises:
-        UsageError: If it cannot be read, lacks what going on needs, or holds a NaN.
-        MisconfigurationException: If it is of another stream.
+        UsageError: If it cannot be read, lacks what going on needs, holds a NaN or is of another stream.
     """
     if not path.exists():
         raise UsageError(f"there is no checkpoint {path}")

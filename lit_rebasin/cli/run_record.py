@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
 from lit_rebasin.cli.build import Run
+from lit_rebasin.cli.errors import refusing
 from lit_rebasin.cli.output_folder import gone_if_empty
 from lit_rebasin.cli.report import FormerResults, write_text
 
@@ -57,17 +58,19 @@ class RunRecord(pl.Callback):
 def recorded(cli: ContinualCLI, run: Run, folder: Path, former: FormerResults | None = None) -> Iterator[RunRecord]:
     """Have a run recorded when its training begins, in place of a former benchmark's results, if there are any.
 
-    Of a run that ends in an error before, nothing stays, its event files neither.
+    Of a run that ends in an error before, nothing stays, its event files neither; see `refusing` for the error.
     """
     record = RunRecord(cli, run, folder, former)
     run.trainer.callbacks.append(record)  # type: ignore[attr-defined]
     with gone_if_empty(folder / "tensorboard", folder / "checkpoints"):
         try:
             yield record
-        except BaseException:
-            if not record.is_written:
-                _remove_logs(run)
-            raise
+        except BaseException as error:
+            if record.is_written:
+                raise
+            _remove_logs(run)
+            with refusing():
+                raise error
 
 
 def _remove_logs(run: Run) -> None:

@@ -25,7 +25,9 @@ FILES = [
     ),
     _yaml("an unknown key", "data:\n  n_taks: 2\n", "'data.n_taks'; did you mean 'data.n_tasks'"),
     _yaml(
-        "an unknown key of a class", "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lrr: 1}}}\n", "'lrr'"
+        "an unknown key of a class",
+        "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lrr: 1}}}\n",
+        "there is no key 'lrr'",
     ),
     _yaml(
         "a duplicate section", "data: {n_tasks: 2}\nmodel: {}\ndata: {n_tasks: 3}\n", "c.yaml, line 3: .*'data' twice"
@@ -46,7 +48,7 @@ FILES = [
     _yaml(
         "code for an optimizer",
         "model: {optimizer: {class_path: subprocess.Popen, init_args: {args: [mkdir, ran]}}}\n",
-        "model.optimizer",
+        '"model.optimizer": .* expects a function or a callable class',
     ),
     _yaml(
         "code for a callback",
@@ -57,8 +59,8 @@ FILES = [
     _yaml("itself", "data: &d\n  n_tasks: *d\n", "c.yaml, line 1: .*holds itself"),
     _yaml("a thousand million anchors", _BOMB, "c.yaml .*entries"),
     _yaml("an unknown anchor", "data: *nowhere\n", "c.yaml, line 1: .*undefined alias 'nowhere'"),
-    _yaml("a number for a section", "data: 3\n", "data"),
-    _yaml("null for a section", "model: null\n", "model"),
+    _yaml("a number for a section", "data: 3\n", "c.yaml, line 1: data must be keys with values"),
+    _yaml("null for a section", "model: null\n", "c.yaml, line 1: model must be keys with values"),
     _yaml(
         "a word for a number",
         "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: fast}}}\n",
@@ -86,8 +88,18 @@ FILES = [
         "per_method of 'average': merge.alpha must be .*, got high",
         BENCHMARK,
     ),
-    _yaml("seeds that are words", "seeds: [a]\n", "seeds must be", ["benchmark", "--output_dir=out"]),
-    _yaml("methods that are a mapping", "methods: {a: 1}\n", "methods must be", ["benchmark", "--output_dir=out"]),
+    _yaml(
+        "seeds that are words",
+        "seeds: [a]\n",
+        "seeds must be a whole number or a text, got a",
+        ["benchmark", "--output_dir=out"],
+    ),
+    _yaml(
+        "methods that are a mapping",
+        "methods: {a: 1}\n",
+        "methods must be a list or a text",
+        ["benchmark", "--output_dir=out"],
+    ),
     _yaml("a tab for a sweep", "data:\n\tn_tasks: 2\n", r"c.yaml, line 2: .*'\\t'", SWEEP),
     BadInput("a missing configuration", nothing, [*FIT, *CONFIG], "there is no configuration file c.yaml"),
     BadInput(
@@ -145,7 +157,9 @@ NUMBERS = [
         "max_epochs 3 ends inside a task",
         BENCHMARK,
     ),
-    _words("devices that there are not", ["--trainer.devices=-7"], "devices"),
+    _words(
+        "devices that there are not", ["--trainer.devices=-7"], "trainer: `devices` selected .* should be an int > 0"
+    ),
 ]
 
 NAMES = [
@@ -201,7 +215,7 @@ NAMES = [
         "model.backbone: module 'avalanche.models' has no attribute 'SimpleMPL'; did you mean 'SimpleMLP'",
     ),
     _words("a backbone of no module", ["--model.backbone=nowhere.Net"], "model.backbone: No module named 'nowhere'"),
-    _words("a backbone that is none", ["--model.backbone=pathlib.Path"], "model.backbone"),
+    _words("a backbone that is none", ["--model.backbone=pathlib.Path"], "model.backbone: .*pathlib.Path does not"),
     _words(
         "a backbone for other images",
         ["--model.backbone.input_size=60"],
@@ -212,8 +226,8 @@ NAMES = [
         ["--model.backbone.hiden_size=3"],
         "SimpleMLP has no argument 'hiden_size'; did you mean 'hidden_size'",
     ),
-    _words("no words for fit", [], "model.backbone", ["fit"]),
-    _words("no words for benchmark", [], "model.backbone", ["benchmark"]),
+    _words("no words for fit", [], "arguments are required: model.backbone", ["fit"]),
+    _words("no words for benchmark", [], "arguments are required: model.backbone", ["benchmark"]),
     _words("no words for sweep", [], "sweep needs what to vary", ["sweep"]),
     _words("no words for align", [], "align needs the import path of a network", ["align"]),
     _words("no words for report", [], "report needs the folder of a run", ["report"]),
@@ -223,7 +237,7 @@ NAMES = [
         "there is no use for 'data.n_tasks=3': every key begins with two dashes",
     ),
     _words("--config without a file", ["--config"], "^--config needs a file$"),
-    _words("no backbone", [], "model.backbone", ["fit", "--output_dir=out"]),
+    _words("no backbone", [], "arguments are required: model.backbone", ["fit", "--output_dir=out"]),
     _words(
         "an unknown optimizer",
         ["--model.optimizer=torch.optim.Adan"],

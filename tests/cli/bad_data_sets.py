@@ -83,7 +83,7 @@ MNIST = [
         text(_TARGETS, packed(idx(_LABELS + 7))),
         "train-labels-idx1-ubyte.gz holds labels that are no class from 0 to 9",
     ),
-    _mnist("images of another size", text(_TRAIN, packed(idx(_IMAGES[:, :20]))), "28"),
+    _mnist("images of another size", text(_TRAIN, packed(idx(_IMAGES[:, :20]))), "does not take images of 1 x 20 x 28"),
     _mnist("a pickle with code", planted(_TRAIN[:-3]), "train-images-idx3-ubyte is damaged"),
     BadInput(
         "MNIST that is missing", nothing, [*FIT, *_OF_MNIST], "MNIST was not found under data: put its four files"
@@ -157,12 +157,12 @@ ARRAYS = [
         (
             "of images without pixels",
             arrays("d.npz", **{**_WHOLE, "x_train": _X[:, :0], "x_test": _X[:, :0]}),
-            "x_train",
+            r"x_train must be images .* got uint8 \(20, 1, 0, 8\)",
         ),
         (
             "with a label of a million million",
             arrays("d.npz", **{**_WHOLE, "y_train": np.where(_Y == 3, 10**12, _Y)}),
-            "y_train",
+            "y_train names the class 1000000000000; classes are counted",
         ),
     ]
 ]

@@ -69,12 +69,14 @@ class BadInput:
         prepare: Makes it.
         words: Of the command.
         says: What the sentence must match.
+        code: The exit code: 2 for wrong words and files, 1 where the system fails.
     """
 
     name: str
     prepare: Prepare
     words: Sequence[str]
     says: str
+    code: int = 2
 
 
 def nothing(place):

@@ -52,9 +52,9 @@ READ_ONLY = [
 ]
 TARGETS = [
     BadInput(
-        "a file in the place of a method's folder", text("out/average"), BENCHMARK, "out/average.*Not a directory"
+        "a file in the place of a method's folder", text("out/average"), BENCHMARK, "out/average.*Not a directory", 1
     ),
-    BadInput("a file in the place of a fit", text("out/fit"), FIT, "out/fit.*Not a directory"),
+    BadInput("a file in the place of a fit", text("out/fit"), FIT, "out/fit.*Not a directory", 1),
     BadInput("a folder in the place of results", directory(RESULTS), BENCHMARK, "out holds results already"),
     BadInput(
         "a folder in the place of a merge",
@@ -105,7 +105,7 @@ def full_disk(place):
 
 
 FULL = [
-    BadInput(f"a full disk for {name}", all_of(prepare, full_disk), words, f"{says}cannot be written")
+    BadInput(f"a full disk for {name}", all_of(prepare, full_disk), words, f"{says}cannot be written", 1)
     for name, prepare, words, says in [
         ("fit", nothing, FIT, "a file "),
         ("a fit that goes on", begun("fit"), [*FIT, f"--ckpt_path={LAST}"], "a file "),
@@ -130,24 +130,28 @@ FLUSHES = [
         all_of(networks, text("m.pt"), failing("os.fsync", _IO)),
         [*MERGE, "--overwrite"],
         "m.pt cannot be written .Input/output error",
+        1,
     ),
     BadInput(
         "a quota that is reached",
         all_of(networks, failing("os.fsync", _QUOTA)),
         ALIGN,
         "m.pt cannot be written .Disk quota exceeded",
+        1,
     ),
     BadInput(
         "a quota that is reached by a report",
         all_of(begun("done"), failing("os.fsync", _QUOTA)),
         REPORT,
         "out/report.html cannot be written .Disk quota exceeded",
+        1,
     ),
     BadInput(
         "a file that cannot be renamed",
         all_of(networks, text("m.pt"), failing("os.replace", _IO)),
         [*MERGE, "--overwrite"],
         "m.pt cannot be written .Input/output error",
+        1,
     ),
 ]
 

@@ -41,10 +41,10 @@ def _nan(checkpoint):
 
 
 ROWS = [
-    _resumed("truncated", truncated(LAST), "last.ckpt"),
-    _resumed("empty", text(LAST, ""), "last.ckpt"),
-    _resumed("text", text(LAST), "last.ckpt"),
-    _resumed("a folder", directory(LAST), "last.ckpt"),
+    _resumed("truncated", truncated(LAST), "last.ckpt is no file of tensors"),
+    _resumed("empty", text(LAST, ""), "last.ckpt is no file of tensors"),
+    _resumed("text", text(LAST), "last.ckpt is no file of tensors"),
+    _resumed("a folder", directory(LAST), "last.ckpt cannot be read: Is a directory"),
     _resumed("missing", removed(LAST), "there is no checkpoint .*last.ckpt"),
     _resumed(
         "a pickle with code", planted(LAST), "last.ckpt holds the Python object posix.mkdir, which could run code"
@@ -54,7 +54,7 @@ ROWS = [
         lambda place: torch.save(drawn(0).state_dict(), place.folder / LAST),
         "last.ckpt is not a checkpoint of `lit-rebasin`",
     ),
-    _resumed("a list", lambda place: torch.save([1], place.folder / LAST), "last.ckpt"),
+    _resumed("a list", lambda place: torch.save([1], place.folder / LAST), "last.ckpt holds a list, not a state dict"),
     _resumed("without the random states", _without("callbacks", "RandomStates"), "for it lacks 'RandomStates'"),
     _resumed(
         "with numbers for random states",
@@ -116,10 +116,13 @@ ROWS = [
         "a checkpoint of another optimizer",
         begun("fit"),
         [*FIT, "--model.optimizer=torch.optim.SGD", f"--ckpt_path={LAST}"],
-        "optimizer",
+        "last.ckpt is of another run: its optimizer has .*amsgrad",
     ),
     BadInput(
-        "the last checkpoint truncated", all_of(begun("fit"), truncated(LAST)), [*FIT, "--ckpt_path=last"], "last.ckpt"
+        "the last checkpoint truncated",
+        all_of(begun("fit"), truncated(LAST)),
+        [*FIT, "--ckpt_path=last"],
+        "last.ckpt is no file",
     ),
     BadInput(
         "the last checkpoint with code",
@@ -137,13 +140,13 @@ ROWS = [
         "a checkpoint of a benchmark truncated",
         all_of(begun("cut"), truncated(f"{CUT}/checkpoints/last.ckpt")),
         [*BENCHMARK, "--resume"],
-        "last.ckpt",
+        "last.ckpt is no file of tensors",
     ),
     BadInput(
         "a checkpoint of a benchmark empty",
         all_of(begun("cut"), text(f"{CUT}/checkpoints/last.ckpt", "")),
         [*BENCHMARK, "--resume"],
-        "last.ckpt",
+        "last.ckpt is no file of tensors",
     ),
     BadInput(
         "a checkpoint of a benchmark with code",
@@ -155,7 +158,7 @@ ROWS = [
         "a checkpoint of a benchmark of another version",
         all_of(begun("cut"), changed(f"{CUT}/checkpoints/last.ckpt", lambda held: held.pop("callbacks"))),
         [*BENCHMARK, "--resume"],
-        "last.ckpt",
+        "last.ckpt is not a checkpoint of `lit-rebasin`, or one of another version, for it lacks 'callbacks'",
     ),
     BadInput(
         "a reference that is truncated",
@@ -173,6 +176,6 @@ ROWS = [
         "a reference of another architecture",
         networks,
         [*FIT, "--trainer.callbacks+=lit_rebasin.ConnectivityMonitor", "--trainer.callbacks.reference=a.pt"],
-        "reference",
+        "reference does not hold the weights of ContinualClassifier: it lacks 'backbone",
     ),
 ]

@@ -55,7 +55,7 @@ _DAMAGES = {
         _result(methods__average__refused=[[{"task": 1, "kept": "trained"}]]),
         "methods.average.refused is not a list of refused",
     ),
-    "of a seed in words": (_result(protocol__seeds=["a"]), "results.json"),
+    "of a seed in words": (_result(protocol__seeds=["a"]), "protocol.seeds is not a list of whole numbers"),
     "of matrices of another size": (_result(n_tasks=5), "accuracy_matrix is not a list of matrices, 5 x 5"),
     "a pickle with code": (planted(RESULTS), "out/results.json is no JSON"),
 }
@@ -160,11 +160,19 @@ EVENT_FILES = [
 _TRIALS = "out/trials.json"
 _TRIAL = "out/trial_000/results.json"
 SWEEPS = [
-    BadInput("trials that are truncated", text(_TRIALS, '{"run": {"meth'), SWEEP, "out/trials.json"),
-    BadInput("trials that are empty", text(_TRIALS, ""), SWEEP, "out/trials.json"),
-    BadInput("trials that are a list", text(_TRIALS, "[1]"), SWEEP, "out/trials.json"),
     BadInput(
-        "trials of another version", text(_TRIALS, '{"run": {"method": "average"}}'), SWEEP, "out/trials.json|other"
+        "trials that are truncated",
+        text(_TRIALS, '{"run": {"meth'),
+        SWEEP,
+        "out/trials.json is not as a sweep writes it",
+    ),
+    BadInput("trials that are empty", text(_TRIALS, ""), SWEEP, "out/trials.json is not as a sweep writes it"),
+    BadInput("trials that are a list", text(_TRIALS, "[1]"), SWEEP, "out/trials.json is not as a sweep writes it"),
+    BadInput(
+        "trials of another version",
+        text(_TRIALS, '{"run": {"method": "average"}}'),
+        SWEEP,
+        "out/trials.json is not as a sweep writes it",
     ),
     BadInput(
         "trials of another sweep",
@@ -172,7 +180,7 @@ SWEEPS = [
         SWEEP,
         "trials of a sweep with other method",
     ),
-    BadInput("trials that are a folder", directory(_TRIALS), SWEEP, "out/trials.json"),
+    BadInput("trials that are a folder", directory(_TRIALS), SWEEP, "out/trials.json is not as a sweep writes it"),
 ]
 
 ROWS = [*RESULTS_ROWS, *RUNS, *EVENT_FILES, *SWEEPS]

@@ -37,6 +37,7 @@ def test_results_have_the_documented_form(output):
     assert {"torch", "lightning", "lit-rebasin"} <= set(results["protocol"]["versions"])
     assert list(results["methods"]) == ["finetune", "rebasin"]
     assert [len(moved) for moved in results["methods"]["rebasin"].pop("moved")] == [1, 1]
+    assert results["methods"]["rebasin"].pop("refused") == [[], []]
     for found in results["methods"].values():
         assert set(found) == {
             "accuracy",

@@ -233,7 +233,7 @@ def test_what_does_not_go_on(finished, words, says, capsys):
 def test_results_stay_where_the_benchmark_in_their_place_does_not_begin(finished, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     words = ["--methods", "average", "--seeds", "0", "--overwrite", "--data.batch_size", "0"]
-    assert main(command(finished, *words)) == 1
+    assert main(command(finished, *words)) == 2
     assert "batch_size must be" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 

@@ -58,7 +58,7 @@ def failing(tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored after an interruption
 
 
-@pytest.mark.parametrize(("error", "code", "says"), [("Ctrl-C", 130, "interrupted"), ("error", 1, f"{UNFIT}: bang")])
+@pytest.mark.parametrize(("error", "code", "says"), [("Ctrl-C", 130, "interrupted"), ("error", 2, f"{UNFIT}: bang")])
 def test_finished_runs_outlive_what_ends_a_later_one(failing, tmp_path, capsys, error, code, says):
     assert main([*failing(error), "--output_dir", "out"]) == code
     last = capsys.readouterr().err.strip().splitlines()[-1]
