@@ -1,5 +1,6 @@
 """Entry of the command: answers for help and errors; the work is imported only when there is some."""
 
+import errno
 import os
 import signal
 import sys
@@ -99,7 +100,8 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        place = error.filename or "a file cannot be written or read"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        place = error.filename or ("the disk is full" if is_full else "a file cannot be written or read")
         return _fail(f"{place}: {error.strerror}" if error.strerror else str(error), 1, error)
     except (ValueError, RuntimeError, MemoryError) as error:
         nameless = "out of memory" if isinstance(error, MemoryError) else type(error).__name__

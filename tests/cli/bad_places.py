@@ -124,7 +124,15 @@ FULL = [
     ]
 ]
 _IO, _QUOTA = OSError(errno.EIO, "Input/output error"), OSError(errno.EDQUOT, "Disk quota exceeded")
+_NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 FLUSHES = [
+    BadInput(
+        "a full disk for the logs",
+        failing("tensorboard.summary.writer.event_file_writer.EventFileWriter.add_event", _NO_SPACE),
+        FIT,
+        "^the disk is full: No space left on device",
+        1,
+    ),
     BadInput(
         "a disk that fails as it is flushed",
         all_of(networks, text("m.pt"), failing("os.fsync", _IO)),
