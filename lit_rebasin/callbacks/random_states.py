@@ -14,7 +14,7 @@ class RandomStates(Callback):
     """Keep the random states of Python, NumPy and torch in every checkpoint, which Lightning leaves out.
 
     A fit that is resumed where an epoch ended then goes on as if it had never stopped, dropout and all. In the middle of an epoch Lightning
-    begins the loader anew. Of several processes the states of the first are kept.
+    begins the loader anew. Every process goes on with its own states, or with those of the first where there were fewer of them.
 
     Example::
 
@@ -37,6 +37,16 @@ class RandomStates(Callback):
         }
 
     @override
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the states of the other processes, for the first one writes for all."""
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, self.state_dict())
+            checkpoint["callbacks"][self.state_key] = {**gathered[0], "others": gathered[1:]}
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what a checkpoint holds until the fit goes on, for much is drawn in between.
 
@@ -44,9 +54,10 @@ class RandomStates(Callback):
             ValueError: If it is damaged.
         """
         try:
-            torch.Generator().set_state(state_dict["torch"])
-            random.Random().setstate(state_dict["python"])
-            np.random.RandomState().set_state(_of_numpy(state_dict))
+            for states in (state_dict, *state_dict.get("others", [])):
+                torch.Generator().set_state(states["torch"])
+                random.Random().setstate(states["python"])
+                np.random.RandomState().set_state(_of_numpy(states))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"The state of RandomStates is damaged: {error}.") from None
         self._kept = state_dict
@@ -56,7 +67,7 @@ class RandomStates(Callback):
         """Put the states back where a new epoch begins."""
         if self._kept is None:
             return
-        self._put_back()
+        self._put_back(trainer)
         loop = trainer.fit_loop
         # The iterators of an epoch draw a seed each. In a fit that was not stopped they are made once when the loader is reloaded, which has
         # been before now, and once more when the epoch begins, which a loop that goes on leaves out.
@@ -72,10 +83,12 @@ class RandomStates(Callback):
     ) -> None:
         """Put the states back where a fit goes on in the middle of an epoch."""
         if self._kept is not None:
-            self._put_back()
+            self._put_back(trainer)
 
-    def _put_back(self) -> None:
-        states, self._kept = self._kept or {}, None
+    def _put_back(self, trainer: "pl.Trainer") -> None:
+        kept, self._kept = self._kept or {}, None
+        of_ranks = [kept, *kept.get("others", [])]
+        states = of_ranks[trainer.global_rank] if trainer.global_rank < len(of_ranks) else kept
         torch.set_rng_state(states["torch"])
         if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(states["cuda"])

@@ -17,6 +17,7 @@ from lit_rebasin.callbacks.start import Start
 from lit_rebasin.callbacks.step_loss import StepLoss, as_trained, draw_batches
 from lit_rebasin.callbacks.task_merger import TaskMerger
 from lit_rebasin.continual.task_end import epochs_per_task, rewrite_last_checkpoints, task_ends
+from lit_rebasin.continual.trainer_checks import forgets
 
 
 class RebasinMerge(TaskMerger, Callback):
@@ -103,6 +104,11 @@ class RebasinMerge(TaskMerger, Callback):
         if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
             raise MisconfigurationException(
                 f"RebasinMerge needs whole weights on every device, which {strategy} does not keep."
+            )
+        if forgets(trainer) and not epochs_per_task(trainer):
+            raise MisconfigurationException(
+                "RebasinMerge remembers the network of the fit before, but this strategy trains every fit in processes that are gone after it: "
+                "use strategy='ddp', or train all tasks in one fit, with a datamodule that has epochs_per_task."
             )
         data: Any = getattr(trainer, "datamodule", None)
         if self.examples == "kept" and (not hasattr(data, "kept_examples") or data.replay_per_class == 0):

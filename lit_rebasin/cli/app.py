@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from typing_extensions import override
 
@@ -206,6 +207,11 @@ def set_threads(threads: int | None) -> None:
     if threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     torch.set_num_threads(threads)
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one that writes, of those that train one model (DDP)."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def hush() -> None:

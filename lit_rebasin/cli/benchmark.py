@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from lit_rebasin.cli.app import (
     ContinualCLI,
     hush,
+    is_first_process,
     set_threads,
 )
 from lit_rebasin.cli.checks import check_benchmark
@@ -42,6 +43,8 @@ def benchmark(cli: ContinualCLI) -> dict[str, Any]:
     planned = [(method, seed) for method in methods for seed in seeds]
     with output_folder(cli.config.output_dir) as folder:
         results = _run_all(cli, configured, planned, seeds, folder)
+    if not is_first_process():
+        return results
     Console().print(results_table(results))
     for sentence in refusals(results):
         Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
@@ -70,15 +73,16 @@ def _run_all(
             for run, outcome, setting in _finished(cli, configured, waiting, folder, report):
                 found[run] = outcome
                 results = make_results(cli, setting, seeds, planned, found)
-                write_results(folder, results)
-                remove_checkpoints(_place(folder, *run))
+                if is_first_process():
+                    write_results(folder, results)
+                    remove_checkpoints(_place(folder, *run))
     except BaseException as error:
         if results:
             lacking = ", ".join(results["protocol"]["missing"])
             error.add_note(f"The finished runs are in {folder / 'results.json'}; missing: {lacking}; --resume goes on")
         raise
     finally:
-        if results:
+        if results and is_first_process():
             write_pictures(folder, results)
     return results
 
@@ -134,10 +138,11 @@ def _say_what_is_not_heeded(cli: ContinualCLI, methods: Sequence[str]) -> None:
 
 
 def _say(key: str, methods: Sequence[str]) -> None:
-    if methods:
+    if methods and is_first_process():
         Console(stderr=True, soft_wrap=True).print(f"{key} does not concern {', '.join(methods)}.")
 
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    console = Console(stderr=True, quiet=not is_first_process())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

@@ -18,6 +18,7 @@ from lit_rebasin.cli.app import ContinualCLI
 from lit_rebasin.cli.errors import UsageError, refusing
 from lit_rebasin.cli.methods import METHODS, merge_of
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule, RebasinIL, WholeCheckpointIO
+from lit_rebasin.continual.trainer_checks import forgets
 from lit_rebasin.merging.data import evaluating
 from lit_rebasin.metrics import average_accuracy, forgetting
 
@@ -27,7 +28,8 @@ QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "num_sanity_val_steps": 0,
 }
-FILLED = ("max_epochs", "reload_dataloaders_every_n_epochs", "check_val_every_n_epoch")  # by the stream, unless given
+# By the stream, unless given; and one device, for more would change the size of a step.
+FILLED = ("max_epochs", "reload_dataloaders_every_n_epochs", "check_val_every_n_epoch", "devices")
 
 
 class MethodRecord(pl.Callback):
@@ -128,6 +130,10 @@ def _build_run(
         trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
     except TypeError as error:
         raise UsageError(f"trainer: {error}") from None
+    if forgets(trainer):
+        raise UsageError(
+            f"trainer.strategy {config.trainer.strategy} trains in processes that do not say what they have measured; use ddp"
+        )
     return Run(trainer, model, made.data, monitor, record, config)
 
 
@@ -184,6 +190,8 @@ def _fill_trainer(options: Namespace, data: ContinualDataModule) -> None:
     """Fit the Trainer to the stream where the configuration leaves it open."""
     if options.max_epochs is None and options.max_steps == -1:
         options.max_epochs = data.n_tasks * data.epochs_per_task
+    if options.devices == "auto":
+        options.devices = 1
     if options.reload_dataloaders_every_n_epochs == 0:
         options.reload_dataloaders_every_n_epochs = 1
     if options.check_val_every_n_epoch == 1:

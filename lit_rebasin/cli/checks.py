@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_rebasin.callbacks import ModeConnectivity
 from lit_rebasin.cli.app import ContinualCLI
-from lit_rebasin.cli.completeness import check_trainer, is_all
+from lit_rebasin.cli.completeness import check_devices, check_trainer, is_all
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import METHODS, check_methods
 from lit_rebasin.cli.parallel_tasks import check_parallel
@@ -48,6 +48,8 @@ def check_benchmark(cli: ContinualCLI) -> tuple[list[str], list[int], dict[str, 
     baselines = [method for method in methods if METHODS[method].baseline]
     for method, own in configured.items():
         check_trainer(vars(own.config.trainer), own.config.data.epochs_per_task)
+        alone = {f"--{name}": own.config[name] > 1 for name in ("parallel_tasks", "processes")}
+        check_devices(vars(own.config.trainer), alone | {f"{method}, which Avalanche runs": METHODS[method].baseline})
         check_methods([method], own.config.data.replay_per_class, "benchmark")
         _check_options(method, own)
         if method in baselines:

@@ -38,6 +38,14 @@ def check_trainer(options: Mapping[str, Any], epochs_per_task: int) -> None:
             )
 
 
+def check_devices(options: Mapping[str, Any], alone: Mapping[str, bool]) -> None:
+    """Raise a `UsageError` for several devices beside what makes its own processes, or knows of one alone."""
+    one = (str(options["devices"]) in ("auto", "1") or options["devices"] == [0]) and options["num_nodes"] == 1
+    for name, is_alone in alone.items():
+        if is_alone and not one:
+            raise UsageError(f"trainer.devices {options['devices']} does not go with {name}; leave one of them out")
+
+
 def is_all(share: float | None) -> bool:
     """Return whether a limit of the Trainer's lets every batch through; 1 is one batch, 1.0 is all."""
     return share is None or (isinstance(share, float) and share == 1)

@@ -2,7 +2,13 @@
 
 from typing import Any
 
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+def forgets(trainer: Any) -> bool:
+    """Return whether a Trainer trains in processes of which nothing but the weights comes back, as ``ddp_spawn`` and ``ddp_notebook`` do."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def check_trainer(trainer: Any, n_tasks: int, epochs_per_task: int) -> None:

@@ -59,8 +59,10 @@ def test_a_fit_resumed_after_an_epoch_draws_what_it_would_have_drawn(tmp_path, d
 
 
 @pytest.mark.parametrize("part", ["torch", "python", "numpy"])
-def test_damaged_states_are_refused_before_any_is_put_back(part):
+@pytest.mark.parametrize("of_others", [False, True])
+def test_damaged_states_are_refused_before_any_is_put_back(part, of_others):
     state, now = RandomStates().state_dict(), torch.get_rng_state()
+    damaged = {**state, part: 3}
     with pytest.raises(ValueError, match="The state of RandomStates is damaged"):
-        RandomStates().load_state_dict({**state, part: 3})
+        RandomStates().load_state_dict({**state, "others": [damaged]} if of_others else damaged)
     assert torch.equal(torch.get_rng_state(), now)

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
@@ -311,6 +314,22 @@ def test_manual_optimization_is_refused(tmp_path):
     module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="optimizes by hand"):
         make_trainer(tmp_path, RebasinMerge()).fit(module, loader())
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_split_the_weights_are_refused(strategy):
+    trainer = SimpleNamespace(strategy=strategy())
+    with pytest.raises(MisconfigurationException, match=f"whole weights on every device, which {strategy.__name__}"):
+        RebasinMerge().setup(trainer, UserModule(), "fit")
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_processes_that_forget_the_network_of_the_fit_before_are_refused(tmp_path, strategy):
+    trainer, merge = make_trainer(tmp_path, devices=2, strategy=strategy), RebasinMerge()
+    with pytest.raises(MisconfigurationException, match="remembers the network of the fit before, but this strategy"):
+        merge.setup(trainer, UserModule(), "fit")
+    trainer.datamodule = ContinualDataModule("rotated-digits", n_tasks=2)  # one fit for all tasks
+    merge.setup(trainer, ContinualClassifier(nn.Linear(2, 2)), "fit")
 
 
 def test_sanity_check_merges_nothing(tmp_path):

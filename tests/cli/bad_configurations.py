@@ -283,6 +283,23 @@ NAMES = [
         "^checkpoint no.ckpt cannot be read: No such file or directory",
     ),
     _words(
+        "several devices of Avalanche's",
+        ["--trainer.devices=2", "--methods=ewc,average"],
+        "^trainer.devices 2 does not go with ewc, which Avalanche runs",
+        BENCHMARK,
+    ),
+    _words(
+        "several devices for each of several processes",
+        ["--trainer.devices=2", "--processes=2"],
+        "^trainer.devices 2 does not go with --processes",
+        BENCHMARK,
+    ),
+    _words(
+        "processes that are gone after a fit",
+        ["--trainer.strategy=ddp_spawn", "--trainer.devices=2"],
+        "^trainer.strategy ddp_spawn trains in processes that do not say what they have measured; use ddp",
+    ),
+    _words(
         "tasks in parallel of Avalanche's",
         ["--parallel_tasks=2", "--methods=finetune,ewc"],
         "--parallel_tasks .* finetune, ewc cannot",

@@ -33,6 +33,7 @@ def test_results_have_the_documented_form(output):
     assert results["protocol"]["data"]["replay_per_class"] == 1
     assert results["protocol"]["data"]["scenario"] == "domain"
     assert results["protocol"]["trainer"]["max_epochs"] == 2
+    assert results["protocol"]["trainer"]["devices"] == 1
     assert results["protocol"]["missing"] == []
     assert {"torch", "lightning", "lit-rebasin"} <= set(results["protocol"]["versions"])
     assert list(results["methods"]) == ["finetune", "rebasin"]
