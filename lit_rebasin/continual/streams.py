@@ -6,6 +6,7 @@ that a transform is applied once a task to a whole tensor, not once a sample and
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -123,12 +124,16 @@ def make_stream(
 def rotation(angle: float, *, smooth: bool = False) -> Callable[[Tensor], Tensor]:
     """Return a transform that rotates every image counter-clockwise by ``angle`` degrees, the corners filled with 0."""
     mode = InterpolationMode.BILINEAR if smooth else InterpolationMode.NEAREST
-    return lambda images: rotate(images, angle, interpolation=mode)
+    return partial(rotate, angle=angle, interpolation=mode)
 
 
 def pixel_permutation(order: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a transform that reorders the pixels of every image."""
-    return lambda images: images.flatten(1)[:, order].reshape(images.shape)
+    return partial(_reordered, order=order)
+
+
+def _reordered(images: Tensor, order: Tensor) -> Tensor:
+    return images.flatten(1)[:, order].reshape(images.shape)
 
 
 def _rotated_digits(

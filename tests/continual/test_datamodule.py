@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -306,3 +307,11 @@ def test_a_transform_is_applied_to_replayed_images_alone_and_drawn_with_the_seed
 def test_a_transform_that_changes_the_shape_is_refused():
     with pytest.raises(ValueError, match=r"replay_transform must leave shape and type .* made \(100, 64\)"):
         batches_of(replay_transform=nn.Flatten())
+
+
+@pytest.mark.parametrize("benchmark", ["rotated-digits", "permuted-mnist"])
+def test_other_processes_get_the_same_stream(fake_mnist, benchmark):
+    data = ContinualDataModule(benchmark, n_tasks=2, data_dir=str(fake_mnist), replay_per_class=1)
+    sent = pickle.loads(pickle.dumps(data))
+    for ours, theirs in zip(data.new_examples(1), sent.new_examples(1), strict=True):
+        assert torch.equal(ours, theirs)
