@@ -80,7 +80,7 @@ class ContinualCLI(LightningCLI):
                     "allow_abbrev": False,
                 },
             )
-        except (ArgumentError, TypeError) as error:
+        except (ArgumentError, TypeError, OverflowError) as error:
             raise UsageError(in_words(error, self.parser, beside)) from None
         except ValueError as error:  # all that is done beside parsing is to seed
             raise UsageError(f"seed_everything: {error}") from None
@@ -175,11 +175,15 @@ class ContinualCLI(LightningCLI):
 
         Raises:
             ValueError: In the words of the class that refuses its arguments.
+            UsageError: If it makes nothing of them.
         """
         try:
             made: Namespace = self.parser.instantiate(config)
         except (ArgumentError, ValueError) as error:
             raise ValueError(in_words(error)) from error
+        except (TypeError, OverflowError) as error:  # of a class that does not look at its arguments
+            about = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UsageError(f"an argument of model, data, merge or a callback is of a wrong kind: {about}") from error
         return made
 
     def strategy_options(self, method: str) -> dict[str, Any]:

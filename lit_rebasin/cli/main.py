@@ -118,6 +118,8 @@ def _check_words(command: str, words: Sequence[str]) -> None:
     """Refuse what needs no parser to be seen wrong, before the slow imports."""
     pairs = [(*word.split("=", 1), *words[i + 1 : i + 2], "")[:2] for i, word in enumerate(words)]
     for option, value in pairs:
+        if f"{option}={value}" in words and value == "--":  # which argparse takes for no value, in a list
+            raise UsageError(f"{option} needs a value, got --")
         hint = FOREIGN_OPTIONS.get(command, {}).get(option.removesuffix("+"))
         if hint:
             raise UsageError(f"{command} has no option {option}; {hint}")

@@ -66,7 +66,8 @@ def _no_network(path: str, why: object) -> UsageError:
 
 def _words(error: BaseException) -> str:
     """Return an error with its kind, without which words such as 'width' of a KeyError say little."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    about = next(iter(str(error).splitlines()), "")  # torch adds where in its own code it was raised
+    return f"{type(error).__name__}: {about}" if about else type(error).__name__
 
 
 def build(command: str, path: str, target: Any, words: Sequence[str], saved: Mapping[str, Any]) -> nn.Module:
@@ -132,7 +133,10 @@ def example_input(command: str, texts: Sequence[str]) -> Example:
         if 0 in shape:
             raise UsageError(f"--input {text} is empty; every size must be at least 1")
         continuous = dtype.is_floating_point or dtype.is_complex
-        value = torch.randn(shape).to(dtype) if continuous else torch.randint(2, shape).to(dtype)
+        try:
+            value = torch.randn(shape).to(dtype) if continuous else torch.randint(2, shape).to(dtype)
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(f"--input {text} cannot be made: {_words(error)}") from None
         if match[1]:
             kwargs[match[1]] = value
         else:

@@ -118,8 +118,8 @@ def _kinds(lines: Iterable[str]) -> list[str]:
     """Return in words the types that a value could have had."""
     kinds: list[str] = []
     for line in lines:
-        literal = re.match(r"Expected a typing.Literal\[(.+)\]", line)
-        plain = re.match(r"Expected an? <class '(?:\w+\.)*(\w+)'>", line)
+        literal = re.match(r"Expected (?:a )?typing.Literal\[(.+)\]", line)
+        plain = re.match(r"Expected (?:an? )?<class '(?:\w+\.)*(\w+)'>", line)
         if literal:
             kinds += [word.strip("'") for word in literal[1].split(", ")]
         elif plain:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from lit_rebasin import RebasinMerge, input_moments
 from lit_rebasin.callbacks.refusal import WorseMergeError, check_loss
@@ -129,7 +131,7 @@ def test_a_merge_that_meets_infinity_is_undone(tmp_path, monkeypatch, error, div
     monkeypatch.setattr(METHOD, run_out(error))
     merge, module, held = RebasinMerge(0.5), Endless(), Held()
     make_trainer(tmp_path, held, merge).fit(module, batches(0))
-    previous = tensors(module.net)
+    previous = {name: tensor.clone() for name, tensor in tensors(module.net).items()}
     module.added = float("inf") if diverges else 0.0
     with pytest.warns(UserWarning, match="merge after task 1 is refused"):
         make_trainer(tmp_path, held, merge).fit(module, batches(1))
@@ -139,6 +141,36 @@ def test_a_merge_that_meets_infinity_is_undone(tmp_path, monkeypatch, error, div
         assert same(module.net, held.trained)
     else:
         assert all(torch.equal(tensor, previous[name]) for name, tensor in tensors(module.net).items())
+
+
+class Divided(Plain):
+    """Divides its inputs by a number, which a callback sets: of 2 and -2 the mean is 0."""
+
+    def __init__(self):
+        super().__init__(norm=True)
+        self.divisor = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch[0] / self.divisor, batch[1]], batch_idx)
+
+
+class Divisor(Callback):
+    def __init__(self, value):
+        self.value = value
+
+    def on_train_batch_end(self, trainer, module, *args):
+        with torch.no_grad():
+            module.divisor.fill_(self.value)
+
+
+@pytest.mark.parametrize("statistics", ["reestimate", "repair", "rescale", "data-free", "none"])
+def test_a_merge_whose_activations_are_infinite_is_undone(tmp_path, statistics):
+    merge, module, held = RebasinMerge(0.5, "identity", statistics=statistics), Divided(), Held()
+    make_trainer(tmp_path, Divisor(2.0), held, merge).fit(module, batches(0))
+    with pytest.warns(UserWarning, match=r"is refused: .* NaN .*The trained model is kept"):
+        make_trainer(tmp_path, Divisor(-2.0), held, merge).fit(module, batches(1))
+    assert same(module.net, held.trained)
+    assert module.divisor == -2
 
 
 def test_other_errors_leave_the_trained_network_and_are_raised(tmp_path, monkeypatch):

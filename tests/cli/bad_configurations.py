@@ -282,6 +282,20 @@ NAMES = [
         ["--trainer.callbacks+=lit_rebasin.ConnectivityMonitor", "--trainer.callbacks.reference=no.ckpt"],
         "^checkpoint no.ckpt cannot be read: No such file or directory",
     ),
+    _words("two dashes for a value", ["--input=--"], "^--input needs a value, got --", INSPECT),
+    _words(
+        "an input larger than any number",
+        [*INSPECT[:2], "--input=9999999999999999999"],
+        "^--input 9999999999999999999 cannot be made: TypeError: ",
+        [],
+    ),
+    _words("a margin larger than any number", [f"--merge.margin={'1' * 400}"], "int too large to convert to float"),
+    _words(
+        "null for an argument of no kind",
+        ["--model.backbone.hidden_size=null"],
+        "^an argument of model, data, merge or a callback is of a wrong kind: .*NoneType",
+    ),
+    _words("a precision that is none", ["--trainer.precision=a"], "^trainer.precision must be .* bf16 or null, got a"),
     _words(
         "several devices of Avalanche's",
         ["--trainer.devices=2", "--methods=ewc,average"],
