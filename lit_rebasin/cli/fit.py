@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rebasin.cli.app import ContinualCLI, set_threads
 from lit_rebasin.cli.build import Run, build_run, log_outcome
+from lit_rebasin.cli.endings import sigterm_left_to_lightning
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import print_accuracy
@@ -43,7 +44,7 @@ def _fit(cli: ContinualCLI, method: str, seed: int, folder: Path) -> None:
     savers = [ModelCheckpoint(folder / "checkpoints", filename="{epoch:03d}", save_last=True)] if saves else []
     run = build_run(cli, method, seed, folder, savers)
     path = _checkpoint(cli, run)
-    with recorded(cli, run, folder), restoring(run, path):
+    with recorded(cli, run, folder), restoring(run, path), sigterm_left_to_lightning():
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=path)
     if run.trainer.is_global_zero and print_accuracy(method, run.monitor.matrix, run.n_tasks, folder):
         log_outcome(run, run.monitor.matrix[: run.n_tasks, : run.n_tasks])

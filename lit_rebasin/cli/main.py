@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lit_rebasin import __version__
+from lit_rebasin.cli.endings import ended_by_sigterm, ending_on, fail
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.suggestions import did_you_mean
 from lit_rebasin.cli.texts import COMMAND_HELP, HELP
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after ``lit-rebasin``; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for wrong usage, 130 if interrupted.
+        The exit code: 0, 1 for a run that failed, 2 for wrong usage, 130 if interrupted, 143 if ended by SIGTERM.
     """
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -55,7 +56,7 @@ def _run(words: list[str]) -> int:
         return 0
     if words[0] not in COMMAND_HELP:
         meant = did_you_mean(words[0], COMMAND_HELP) or f"; use {', '.join(COMMAND_HELP)}"
-        return _fail(f"there is no command {words[0]!r}{meant}", 2)
+        return fail(f"there is no command {words[0]!r}{meant}", 2)
     if {"-h", "--help"} & set(words):
         print(COMMAND_HELP[words[0]])
         return 0
@@ -65,7 +66,8 @@ def _run(words: list[str]) -> int:
         sys.path.append(here)
     try:
         _check_words(words[0], words[1:])
-        with _exit_on_interrupt():
+        # While torch is imported, its native code would turn Ctrl-C into an abort.
+        with ending_on(signal.SIGINT, lambda: fail("interrupted", 130)):
             if words[0] == "inspect":
                 from lit_rebasin.cli.inspect import run_inspect as run
             elif words[0] == "align":
@@ -80,37 +82,34 @@ def _run(words: list[str]) -> int:
                 from lit_rebasin.cli.fit import run_fit as run
             else:
                 from lit_rebasin.cli.benchmark import run_benchmark as run
-        with _quiet_threads():
+        with _quiet_threads(), ending_on(signal.SIGTERM, lambda: ended_by_sigterm(words[0])):
             run(words[1:])
     except KeyboardInterrupt as error:
-        return _fail("interrupted", 130, error)
+        return fail("interrupted", 130, error)
     except SystemExit as ending:  # --help and --print_config end with 0; Lightning turns Ctrl-C into an exit with 1
         if isinstance(ending.__context__, BrokenPipeError):  # rich has ended the process
             return 1
         if words[0] in ("inspect", "align", "merge"):
             return int(ending.code or 0)
         if type(ending).__name__ == "SIGTERMException":  # Lightning's, without a code
-            return _fail(
-                "ended by SIGTERM, as machines that are taken away send it; go on with --resume or --ckpt_path last",
-                143,
-            )
-        return 0 if not ending.code else _fail("interrupted", 130, ending)
+            return ended_by_sigterm(words[0])
+        return 0 if not ending.code else fail("interrupted", 130, ending)
     except UsageError as error:
-        return _fail(str(error), 2, error)
+        return fail(str(error), 2, error)
     except BrokenPipeError:
         raise
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         place = error.filename or ("the disk is full" if is_full else "a file cannot be written or read")
-        return _fail(f"{place}: {error.strerror}" if error.strerror else str(error), 1, error)
+        return fail(f"{place}: {error.strerror}" if error.strerror else str(error), 1, error)
     except (ValueError, RuntimeError, MemoryError) as error:
         nameless = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-        return _fail(str(error) or nameless, 1, error)
+        return fail(str(error) or nameless, 1, error)
     except Exception as error:
         # Lightning's own complaints about a configuration; anything else is a fault of ours and keeps its traceback.
         if type(error).__name__ != "MisconfigurationException":
             raise
-        return _fail(str(error), 1, error)
+        return fail(str(error), 1, error)
     return 0
 
 
@@ -128,20 +127,6 @@ def _check_words(command: str, words: Sequence[str]) -> None:
 
 
 @contextmanager
-def _exit_on_interrupt() -> Iterator[None]:
-    """End at once on Ctrl-C, which torch's native code would turn into an abort while it is imported."""
-
-    def leave(*_: object) -> None:
-        os._exit(_fail("interrupted", 130))
-
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
 def _quiet_threads() -> Iterator[None]:
     """Leave out the traceback of a thread that cannot write, such as TensorBoard's, which raises the error in the main one as well."""
 
@@ -154,9 +139,3 @@ def _quiet_threads() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def _fail(message: str, code: int, error: BaseException | None = None) -> int:
-    sentences = [" ".join(part.split()) for part in (message, *getattr(error, "__notes__", []))]
-    print(f"lit-rebasin: error: {'. '.join(part.removesuffix('.') for part in sentences)}", file=sys.stderr, flush=True)
-    return code

@@ -18,6 +18,7 @@ from lit_rebasin.callbacks.report import log_accuracies
 from lit_rebasin.cli.app import ContinualCLI, hush, set_threads
 from lit_rebasin.cli.build import QUIET, Run, build_run, log_outcome
 from lit_rebasin.cli.completeness import complete
+from lit_rebasin.cli.endings import sigterm_left_to_lightning
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
 from lit_rebasin.cli.report import FormerResults
@@ -123,7 +124,7 @@ def _matrix(cli: ContinualCLI, run: Run, watch: "_Watch", checkpoint: Path | Non
             cli.config.threads,
             lambda task, epochs: watch.advance(task, run.n_tasks, epochs, epochs),
         )
-    with restoring(run, checkpoint):
+    with restoring(run, checkpoint), sigterm_left_to_lightning():
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
     return complete(run.monitor.matrix, run.n_tasks)
 

@@ -114,7 +114,7 @@ def take_interrupts():
 
 @pytest.mark.parametrize(
     ("number", "code", "says"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM.*--resume")],
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM.*--ckpt_path last")],
 )
 def test_an_interrupted_fit_leaves_whole_checkpoints(tmp_path, number, code, says):
     words = [*FIT, "--data.epochs_per_task=20000", "--threads=1"]

@@ -1,0 +1,82 @@
+"""Signals to commands that have begun other processes: one sentence, an exit code, and nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .words import CONFIG, ROOT, SMALL
+
+LONG = ["--config", str(ROOT / CONFIG), *SMALL, "--data.epochs_per_task=20000", "--threads=1", "--output_dir=out"]
+COMMANDS = {
+    "processes": ["benchmark", *LONG, "--methods=average", "--seeds=0,1", "--processes=2"],
+    "tasks": ["benchmark", *LONG, "--methods=average", "--seeds=0", "--merge.start=fresh", "--parallel_tasks=2"],
+    "sweep": ["sweep", *LONG, "--method=average", "--seeds=0", "--vary=merge.alpha=0.1,0.2", "--processes=2"],
+}
+SAYS = {
+    signal.SIGINT: (130, "interrupted"),
+    signal.SIGTERM: (143, "ended by SIGTERM"),
+}
+
+
+def take_interrupts():
+    """Undo what a shell does to the work that it puts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def of_session(session):
+    """Return the processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(its) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ("processes", signal.SIGTERM),
+        pytest.param("processes", signal.SIGINT, marks=pytest.mark.slow),
+        ("tasks", signal.SIGTERM),
+        ("tasks", signal.SIGINT),
+        ("sweep", signal.SIGTERM),
+        pytest.param("sweep", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_all_processes_with_one_sentence(tmp_path, command, number):
+    words = [sys.executable, "-W", "ignore", "-m", "lit_rebasin", *COMMANDS[command]]
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(words, start_new_session=True, preexec_fn=take_interrupts, **options) as process:
+        try:
+            # The command and the two that work for it.
+            assert wait_for(lambda: len(of_session(process.pid)) >= 3 and list(tmp_path.rglob("config.yaml")))
+            time.sleep(1)
+            if number == signal.SIGINT:  # a terminal sends it to all
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            err = process.communicate(timeout=60)[1]
+            code, says = SAYS[number]
+            assert process.returncode == code
+            assert "Traceback" not in err
+            assert [line for line in err.splitlines() if f"lit-rebasin: error: {says}" in line] == err.splitlines()[-1:]
+            assert wait_for(lambda: not of_session(process.pid), 30)
+        finally:
+            for left in of_session(process.pid):
+                os.kill(left, signal.SIGKILL)
