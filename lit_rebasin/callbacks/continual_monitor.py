@@ -87,8 +87,16 @@ class ContinualMonitor(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
-        self.rows = [list(row) for row in state_dict["rows"]]
+        """Take over what a checkpoint holds.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        rows, task = state_dict["rows"], state_dict["task"]
+        is_placed = task >= -1 and (state_dict["training"] or task < len(rows))
+        if not is_placed or not all(isinstance(accuracy, int | float) for row in rows for accuracy in row):
+            raise ValueError(f"The state of {type(self).__name__} is damaged: task {task} with rows {rows}.")
+        self.rows = [list(row) for row in rows]
         self.task, self._training = state_dict["task"], state_dict["training"]
 
     def _finish_task(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -16,7 +17,11 @@ def check_merge_state(owner: str, state: Mapping[str, Any]) -> None:
     if type(count) is not int or count < 0:
         raise ValueError(f"The state of {owner} is damaged: n_tasks is {count!r}.")
     for name, tensor in previous.items():
-        if not isinstance(tensor, Tensor) or tensor.isnan().any():
+        if not isinstance(tensor, Tensor) or not _is_of_numbers(tensor):
             raise ValueError(
                 f"The state of {owner} is damaged: {name!r} of the previous network is no tensor of numbers."
             )
+
+
+def _is_of_numbers(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.layout == torch.strided and not bool(tensor.isnan().any())

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_rebasin.alignment.costs import interpolate
+from lit_rebasin.callbacks.merge_state import check_merge_state
 from lit_rebasin.callbacks.step_loss import StepLoss, as_trained
 from lit_rebasin.continual.task_end import task_ends
 from lit_rebasin.merging import has_batch_norm, reestimate_batch_norm
@@ -148,7 +149,12 @@ class ModeConnectivity(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
+        """Take over what a checkpoint holds.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        check_merge_state(type(self).__name__, state_dict)
         self.previous = dict(state_dict["previous"]) or None
         self.trained = dict(state_dict["trained"]) or None
         self.n_tasks = state_dict["n_tasks"]

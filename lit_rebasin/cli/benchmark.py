@@ -15,10 +15,12 @@ from lit_rebasin.cli.app import (
 )
 from lit_rebasin.cli.checks import check_benchmark
 from lit_rebasin.cli.errors import UsageError
+from lit_rebasin.cli.former import Former
 from lit_rebasin.cli.methods import LEARNING, METHODS
 from lit_rebasin.cli.output_folder import output_folder
-from lit_rebasin.cli.report import FormerResults, refusals, results_table, write_pictures, write_results
+from lit_rebasin.cli.report import refusals, results_table, write_pictures, write_results, write_table
 from lit_rebasin.cli.results import Outcome, Setting, make_results
+from lit_rebasin.cli.results_file import read_results
 from lit_rebasin.cli.resume import finished_runs, remove_checkpoints
 from lit_rebasin.cli.runs import Report, run_here, run_side_by_side
 
@@ -63,6 +65,10 @@ def _run_all(
     found, setting = _begun(folder, cli, planned)
     results = make_results(cli, setting, seeds, planned, found) if setting is not None else {}
     waiting = [run for run in planned if run not in found]
+    if found and is_first_process():  # a kill may have come between the last results and what follows them
+        write_table(folder, read_results(folder / "results.json"))
+        for run in found:
+            remove_checkpoints(_place(folder, *run))
     try:
         with _progress() as progress:
             bar = progress.add_task("starting", total=len(planned), completed=len(found))
@@ -116,7 +122,7 @@ def _finished(
 ) -> Iterator[tuple[tuple[str, int], Outcome, Setting]]:
     """Run methods with seeds, and yield what each comes to as soon as it is finished."""
     places = [_place(folder, method, seed) for method, seed in planned]
-    former = FormerResults.of(folder) if cli.config.overwrite else None
+    former = None if cli.config.resume else Former.of(folder)
     if cli.config.processes == 1:
         for (method, seed), place in zip(planned, places, strict=True):
             yield (method, seed), *run_here(configured[method], method, seed, place, report, former)

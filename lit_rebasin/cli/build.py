@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -30,13 +31,21 @@ QUIET: dict[str, Any] = {
 }
 # By the stream, unless given; and one device, for more would change the size of a step.
 FILLED = ("max_epochs", "reload_dataloaders_every_n_epochs", "check_val_every_n_epoch", "devices")
+# Those, and what the stream says of itself.
+_OPEN = (*(f"trainer.{name}" for name in FILLED), "data.n_tasks", "data.scenario", "threads")
+
+
+def left_open(cli: ContinualCLI) -> list[str]:
+    """Return what the configuration leaves for a run to fill in."""
+    usual = cli.parser.get_defaults()
+    return [key for key in _OPEN if cli.config[key] == usual[key]]
 
 
 class MethodRecord(pl.Callback):
-    """Puts method and seed into every checkpoint, and refuses to go on from one of another method or seed."""
+    """Puts method, seed and configuration into every checkpoint, and refuses to go on from one of another method or seed."""
 
-    def __init__(self, method: str, seed: int) -> None:
-        self.method, self.seed = method, seed
+    def __init__(self, method: str, seed: int, config: Mapping[str, Any]) -> None:
+        self.method, self.seed, self.config = method, seed, config
         self.began = False  # whether the training has begun, or gone on
 
     @override
@@ -45,11 +54,11 @@ class MethodRecord(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"method": self.method, "seed": self.seed}
+        return {"method": self.method, "seed": self.seed, "config": self.config}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in self.state_dict().items():
+        for name, value in {"method": self.method, "seed": self.seed}.items():
             if state_dict[name] != value:
                 raise UsageError(
                     f"the checkpoint is of {name} {state_dict[name]}, not {value}; go on with what it was begun with"
@@ -121,7 +130,8 @@ def _build_run(
     config.data.n_tasks, config.data.scenario = made.data.n_tasks, made.data.stream.scenario
     _fill_trainer(config.trainer, made.data)
     options = {**vars(made.trainer), **{name: config.trainer[name] for name in FILLED}, **trainer_options}
-    monitor, record = ContinualMonitor(), MethodRecord(method, seed)
+    described = yaml.safe_load(cli.parser.dump(config, skip_validation=True))
+    monitor, record = ContinualMonitor(), MethodRecord(method, seed, described)
     model, merges = _learner(method, made, cli.strategy_options(method), seed)
     logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
     options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, RandomStates(), *callbacks]

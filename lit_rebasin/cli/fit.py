@@ -13,7 +13,7 @@ from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import print_accuracy
 from lit_rebasin.cli.resume import check_settings
-from lit_rebasin.cli.resumed_checkpoint import check_checkpoint, restoring
+from lit_rebasin.cli.resumed_checkpoint import restoring
 from lit_rebasin.cli.run_record import recorded
 
 # Warnings of others about what is as it should be here.
@@ -58,8 +58,7 @@ def _checkpoint(cli: ContinualCLI, run: Run) -> str | None:
     path = _last(run) if given == "last" else Path(given)
     if path is None:
         return given  # Lightning says that there is none, and begins
-    check_checkpoint(run, path)
-    check_settings(cli, run, path)
+    check_settings(run, path)
     return str(path)
 
 

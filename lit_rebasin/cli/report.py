@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,32 +32,7 @@ COLUMNS = {
 
 
 # What a benchmark writes beside the folders of its runs; what the others are made of comes last.
-_FILES = ("accuracy_matrix.png", "accuracy_over_tasks.png", "results.md", "results.json")
-
-
-@dataclass(frozen=True)
-class FormerResults:
-    """The results of a benchmark that another one takes the place of, as soon as its training begins.
-
-    Attributes:
-        folder: Where they lie.
-        written: When, in nanoseconds, which tells them from those of the new one.
-    """
-
-    folder: Path
-    written: int
-
-    @classmethod
-    def of(cls, folder: Path) -> "FormerResults | None":
-        """Return those of a folder, if it holds any."""
-        path = folder / "results.json"
-        return cls(folder, path.stat().st_mtime_ns) if path.exists() else None
-
-    def remove(self) -> None:
-        """Remove them, if no run has done so before."""
-        if FormerResults.of(self.folder) == self:
-            for name in _FILES:
-                (self.folder / name).unlink(missing_ok=True)
+FILES = ("accuracy_matrix.png", "accuracy_over_tasks.png", "results.md", "results.json")
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -91,6 +65,11 @@ def refusals(results: Mapping[str, Any]) -> list[str]:
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write ``results.json`` and ``results.md``, each complete or not at all."""
     write_text(folder / "results.json", json.dumps(results, indent=1))
+    write_table(folder, results)
+
+
+def write_table(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``results.md``, complete or not at all."""
     header = ["method", *COLUMNS.values()]
     lines = [header, ["---"] + ["---:"] * len(COLUMNS), *_rows(results)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
-from lit_rebasin.cli.build import FILLED, Run
+from lit_rebasin.cli.build import FILLED, Run, left_open
 from lit_rebasin.metrics import average_accuracy, backward_transfer, forgetting
 
 
@@ -85,6 +85,7 @@ def make_results(
             **config,
             "seeds": list(seeds),
             "missing": missing,
+            "left_open": left_open(cli),
             "versions": package_versions(),
             "commit": _commit(),
             "threads": torch.get_num_threads(),

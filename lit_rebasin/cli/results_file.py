@@ -1,8 +1,8 @@
 """``results.json``, read again and checked."""
 
 import json
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from lit_rebasin.cli.errors import UsageError
@@ -80,7 +80,9 @@ def _need(mapping: dict[str, Any], name: str, kind: type, where: str = "") -> An
 
 def _is_number(value: Any) -> bool:
     """Return whether a value is a finite number, or null for what was not measured."""
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return abs(value) <= float_info.max
 
 
 def _is_matrix(value: Any, size: int) -> bool:

@@ -1,28 +1,25 @@
 """A benchmark that goes on where it was stopped."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_rebasin.cli.app import ContinualCLI
-from lit_rebasin.cli.build import FILLED, Run
+from lit_rebasin.cli.build import FILLED, Run, left_open
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.report import as_matrices, seeds_of
 from lit_rebasin.cli.results import Outcome, Setting
 from lit_rebasin.cli.results_file import read_results
-from lit_rebasin.cli.resumed_checkpoint import check_checkpoint
+from lit_rebasin.cli.resumed_checkpoint import check_checkpoint, configuration, read_checkpoint
 
 # What may differ between a benchmark and the one that goes on with it.
 _FREE = (
     *("methods", "seeds", "method", "seed_everything", "output_dir", "overwrite", "resume", "ckpt_path"),
-    *("processes", "parallel_tasks"),
+    *("processes", "parallel_tasks", "data_dir", "data.data_dir"),
 )
-# What a run fills in, and the command may leave open.
-_FILLED = (*(f"trainer.{name}" for name in FILLED), "data.n_tasks", "data.scenario")
 
 
 def finished_runs(
@@ -48,7 +45,10 @@ def _outcomes(
     folder: Path, results: dict[str, Any], planned: Sequence[tuple[str, int]], cli: ContinualCLI
 ) -> tuple[dict[tuple[str, int], Outcome], Setting]:
     now = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
-    _check_same(results["protocol"], now, f"output_dir {folder} holds a benchmark")
+    protocol = results["protocol"]
+    before = {key: protocol.get(key) for key in now}
+    still_open = set(protocol["left_open"]) & set(left_open(cli))
+    _check_same(before, now, f"output_dir {folder} holds a benchmark", still_open)
     found: dict[tuple[str, int], Outcome] = {}
     for method, numbers in results["methods"].items():
         seeds, moved = seeds_of(results, method), numbers.get("moved")
@@ -63,38 +63,23 @@ def _outcomes(
             merges = moved[k] if moved else None, refused[k] if refused else []
             outcome = Outcome(matrix, numbers["seconds"][k], numbers["cpu_seconds"][k], *merges)
             found[method, seed] = outcome
-    protocol = results["protocol"]
     trainer = {name: protocol["trainer"][name] for name in FILLED}
     return found, Setting(results["benchmark"], protocol["data"]["scenario"], protocol["data"]["n_tasks"], trainer)
 
 
 def checkpoint_to_resume(cli: ContinualCLI, run: Run, folder: Path) -> Path | None:
-    """Return the checkpoint from which a run goes on, if it left one; where it should not go on, remove what is left of it.
+    """Return the checkpoint from which a run goes on, if it is to go on and left one.
 
     Raises:
         UsageError: If the run was begun with another configuration.
     """
     path = folder / "checkpoints" / "last.ckpt"
-    if not cli.config.resume:
-        remove_checkpoints(folder)
-    if not path.exists():
+    if not cli.config.resume or not path.exists():
         return None
-    now = yaml.safe_load(cli.parser.dump(run.config, skip_validation=True))
-    _check_same(_configuration(folder / "config.yaml"), now, f"{folder} holds a run")
-    check_checkpoint(run, path)
+    held = read_checkpoint(path)
+    _check_same(configuration(run, held, path), run.record.config, f"{folder} holds a run")
+    check_checkpoint(run, held, path)
     return path
-
-
-def _configuration(path: Path) -> Mapping[str, Any]:
-    """Return what a run was begun with."""
-    begun: Any = None
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(begun, Mapping):
-        raise UsageError(
-            f"{path} is missing or damaged, so that nothing says what the run was begun with; remove the checkpoints beside it to begin anew"
-        )
-    return begun
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -102,43 +87,38 @@ def remove_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def check_settings(cli: ContinualCLI, run: Run, path: Path) -> None:
-    """Refuse to go on from a checkpoint with other data, another model or another merge than its run was begun with.
+def check_settings(run: Run, path: Path) -> None:
+    """Refuse to go on from a file that is no checkpoint, or one of a run with other data, another model or another merge.
 
     Raises:
-        UsageError: If they differ. A checkpoint that lies elsewhere than its run has put it is not known to be of any.
+        UsageError: If they differ; see also `check_checkpoint`.
     """
-    record = path.parent.parent / "config.yaml"
-    if not record.is_file():
-        return
-    now = yaml.safe_load(cli.parser.dump(run.config, skip_validation=True))
-    for key, before, value in _differences(_configuration(record), now):
+    held = read_checkpoint(path)
+    check_checkpoint(run, held, path)
+    for key, before, value in _differences(configuration(run, held, path), run.record.config):
         if key.split(".")[0] in ("data", "model", "merge"):
             raise UsageError(
-                f"the run of {path} was begun with {key}={before!r}, not {value!r}; go on with what it was begun with"
+                f"checkpoint {path} is of a run with {key}={before!r}, not {value!r}; go on with what it was begun with, or leave "
+                "--ckpt_path out to begin anew"
             )
 
 
-def _check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+def _check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str, still_open: Collection[str] = ()) -> None:
     for key, before, value in _differences(begun, now):
-        raise UsageError(
-            f"{what} with {key}={before!r}, not {value!r}; go on with what it was begun with, choose another --output_dir, or "
-            "pass --overwrite to begin anew"
-        )
+        if key not in still_open:
+            raise UsageError(
+                f"{what} with {key}={before!r}, not {value!r}; go on with what it was begun with, choose another --output_dir, or "
+                "pass --overwrite to begin anew"
+            )
 
 
-def _differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _differences(begun: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield what may not differ and does: the key, its value before, and now."""
-    before = dict(_flat(begun))
-    for key, value in _flat(now):
-        if key.split(".")[0] not in _FREE and key not in _FILLED and before.get(key) != value:
-            yield key, before.get(key), value
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the entries of a configuration by their dotted keys."""
-    for name, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    for name in dict.fromkeys((*begun, *now)):
+        key, before, value = f"{prefix}{name}", begun.get(name), now.get(name)
+        if key in _FREE:
+            continue
+        if isinstance(before, Mapping | None) and isinstance(value, Mapping | None):
+            yield from _differences(before or {}, value or {}, f"{key}.")
+        elif before != value:
+            yield key, before, value

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_rebasin.callbacks import ContinualMonitor, ModeConnectivity, RandomStates, RebasinMerge
 from lit_rebasin.cli.build import Run
 from lit_rebasin.cli.errors import UsageError, refusing
-from lit_rebasin.merging.checkpoint_file import CheckpointError, read_torch
+from lit_rebasin.merging.checkpoint_file import CheckpointError, check_fit, read_torch
 
 _NEEDED = (
     RebasinMerge,
@@ -22,27 +23,58 @@ _NEEDED = (
 
 
 @refusing()
-def check_checkpoint(run: Run, path: Path) -> None:
-    """Refuse a file that is no checkpoint, or one of another run.
+def read_checkpoint(path: Path) -> Any:
+    """Return what a checkpoint holds.
 
     Raises:
-        UsageError: If it cannot be read, lacks what going on needs, holds a NaN or is of another stream.
+        UsageError: If it cannot be read.
     """
     if not path.exists():
         raise UsageError(f"there is no checkpoint {path}")
     try:
-        held = read_torch(str(path))
+        return read_torch(str(path))
     except CheckpointError as error:
         what = str(error).partition(";")[0]  # what follows is advice for weights alone
         raise UsageError(f"{what}; go on from a whole checkpoint of the same run, or begin anew") from None
-    try:
+
+
+def configuration(run: Run, held: Any, path: Path) -> Mapping[str, Any]:
+    """Return what the run of a checkpoint was begun with.
+
+    Raises:
+        UsageError: If it does not say.
+    """
+    with _expecting(path):
+        config = held["callbacks"][run.record.state_key]["config"]
+        if not isinstance(config, Mapping):
+            raise TypeError("a configuration")
+        return config
+
+
+@refusing()
+def check_checkpoint(run: Run, held: Any, path: Path) -> None:
+    """Refuse what is no checkpoint, or one of another run.
+
+    Raises:
+        UsageError: If it lacks what going on needs, holds a NaN or is of another stream.
+    """
+    with _expecting(path):
         run.record.load_state_dict(held["callbacks"][run.record.state_key])
         run.data.load_state_dict(held[type(run.data).__qualname__])
         _check_weights(run.model.state_dict(), held["state_dict"])
         _check_optimizers(run, held["optimizer_states"])
+        _ = held["loops"]["fit_loop"]
         callbacks: list[Callback] = run.trainer.callbacks  # type: ignore[attr-defined]
-        needed = [one for one in callbacks if isinstance(one, _NEEDED)]
-        _ = held["loops"]["fit_loop"], [held["callbacks"][one.state_key] for one in needed]
+        for callback in callbacks:
+            if isinstance(callback, _NEEDED) or callback.state_key in held["callbacks"]:
+                _check_state(callback, held["callbacks"][callback.state_key])
+
+
+@contextmanager
+def _expecting(path: Path) -> Iterator[None]:
+    """Say of what is not found in a checkpoint that it is of another kind."""
+    try:
+        yield
     except _UnfitError as error:
         raise UsageError(f"checkpoint {path} is of another run: {error}; go on with what it was begun with") from None
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -74,12 +106,23 @@ class _UnfitError(Exception):
 def _check_weights(own: Mapping[str, Tensor], held: Mapping[str, Any]) -> None:
     for name, tensor in own.items():
         found = held[name]
-        if found.shape != tensor.shape:
-            raise _UnfitError(f"{name!r} has shape {tuple(found.shape)} in it and {tuple(tensor.shape)} in the network")
-        if found.dtype.is_floating_point != tensor.dtype.is_floating_point or found.is_complex():
-            raise _UnfitError(f"{name!r} is of {found.dtype} in it and of {tensor.dtype} in the network")
+        try:
+            check_fit(found, tensor, repr(name))
+        except CheckpointError as error:
+            raise _UnfitError(error) from None
         if found.is_floating_point() and not found.isfinite().all():
             raise _UnfitError(f"{name!r} holds a NaN or an infinity")
+
+
+def _check_state(callback: Callback, held: Mapping[str, Any]) -> None:
+    """See that a callback's state is of the kinds that it writes itself; further it looks when it takes it over."""
+    if not isinstance(callback, (*_NEEDED, ModelCheckpoint)):
+        return
+    for name, value in callback.state_dict().items():
+        is_plain = isinstance(value, bool | int | str | list | dict)
+        if is_plain and name in held and type(held[name]) is not type(value):  # older versions may lack one
+            kinds = f"of type {type(held[name]).__name__} in it, not {type(value).__name__}"
+            raise _UnfitError(f"{name} of {type(callback).__name__} is {kinds}")
 
 
 def _check_optimizers(run: Run, states: list[Any]) -> None:

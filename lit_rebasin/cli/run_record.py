@@ -13,14 +13,15 @@ from typing_extensions import override
 from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
 from lit_rebasin.cli.build import Run
 from lit_rebasin.cli.errors import refusing
+from lit_rebasin.cli.former import Former
 from lit_rebasin.cli.output_folder import gone_if_empty
-from lit_rebasin.cli.report import FormerResults, write_text
+from lit_rebasin.cli.report import write_text
 
 
 class RunRecord(pl.Callback):
     """Writes what is run as soon as its training begins, so that a run that is refused leaves those before it as they are."""
 
-    def __init__(self, cli: ContinualCLI, run: Run, folder: Path, former: FormerResults | None) -> None:
+    def __init__(self, cli: ContinualCLI, run: Run, folder: Path, former: Former | None) -> None:
         self.run, self.folder, self.former = run, folder, former
         self.text = cli.parser.dump(run.config, skip_validation=True)
         self.is_written = False
@@ -40,9 +41,9 @@ class RunRecord(pl.Callback):
 
     def _log(self) -> None:
         """Give the loggers the hyper-parameters."""
-        model = yaml.safe_load(self.text)["model"]
+        record = self.run.record
         for logger in self.run.trainer.loggers:
-            logger.log_hyperparams({**self.run.record.state_dict(), "model": model})
+            logger.log_hyperparams({"method": record.method, "seed": record.seed, "model": record.config["model"]})
 
     def _write(self) -> None:
         if self.run.trainer.is_global_zero:
@@ -55,8 +56,8 @@ class RunRecord(pl.Callback):
 
 
 @contextmanager
-def recorded(cli: ContinualCLI, run: Run, folder: Path, former: FormerResults | None = None) -> Iterator[RunRecord]:
-    """Have a run recorded when its training begins, in place of a former benchmark's results, if there are any.
+def recorded(cli: ContinualCLI, run: Run, folder: Path, former: Former | None = None) -> Iterator[RunRecord]:
+    """Have a run recorded when its training begins, in place of what a former benchmark left, if there was one.
 
     Of a run that ends in an error before, nothing stays, its event files neither; see `refusing` for the error.
     """

@@ -19,9 +19,9 @@ from lit_rebasin.cli.app import ContinualCLI, hush, set_threads
 from lit_rebasin.cli.build import QUIET, Run, build_run, log_outcome
 from lit_rebasin.cli.completeness import complete
 from lit_rebasin.cli.endings import sigterm_left_to_lightning
+from lit_rebasin.cli.former import Former
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parallel_tasks import run_in_parallel
-from lit_rebasin.cli.report import FormerResults
 from lit_rebasin.cli.results import Outcome, Setting
 from lit_rebasin.cli.resume import checkpoint_to_resume
 from lit_rebasin.cli.resumed_checkpoint import restoring
@@ -34,9 +34,9 @@ Report = Callable[[float, str], None]
 
 
 def run_here(
-    cli: ContinualCLI, method: str, seed: int, folder: Path, report: Report, former: FormerResults | None
+    cli: ContinualCLI, method: str, seed: int, folder: Path, report: Report, former: Former | None
 ) -> tuple[Outcome, Setting]:
-    """Train a method with a seed; its logs and configuration go to ``folder``, where ``former`` results make way."""
+    """Train a method with a seed; its logs and configuration go to ``folder``, where what a ``former`` benchmark left makes way."""
     if METHODS[method].baseline:
         import lit_rebasin.continual.baselines  # noqa: F401 - slow, and no part of a run's seconds
     gc.collect()  # network and data of the run before hang in cycles, which Python is in no hurry to free
@@ -70,7 +70,7 @@ def run_side_by_side(
     planned: Sequence[tuple[str, int]],
     places: Sequence[Path],
     processes: int,
-    former: FormerResults | None,
+    former: Former | None,
 ) -> Iterator[tuple[int, tuple[Outcome, Setting]]]:
     """Yield the places of methods with their seeds among those planned, and what they come to, run in several processes at a time."""
     jobs = [
@@ -87,7 +87,7 @@ def run_side_by_side(
 
 
 def _in_process(
-    job: tuple[list[str], str, int, Path, int | None, FormerResults | None],
+    job: tuple[list[str], str, int, Path, int | None, Former | None],
 ) -> tuple[Outcome, Setting]:
     words, method, seed, place, threads, former = job
     set_threads(threads)

@@ -79,11 +79,11 @@ def matching_weights(own: Mapping[str, Any], held: Mapping[str, Any], holder: st
             weights[name] = next(weights[twin] for twin in twins[name] if twin in weights)
     for name, tensor in own.items():
         if isinstance(tensor, Tensor):
-            _check_fit(weights[name], tensor, f"{about}: {prefix + name!r}")
+            check_fit(weights[name], tensor, f"{about}: {prefix + name!r}")
     return weights
 
 
-def _check_fit(found: Any, tensor: Tensor, what: str) -> None:
+def check_fit(found: Any, tensor: Tensor, what: str) -> None:
     """Raise a `CheckpointError` where a tensor cannot be copied, or its numbers would be others."""
     if not isinstance(found, Tensor):
         raise CheckpointError(f"{what} is a {type(found).__name__} in it, and no tensor")

@@ -40,6 +40,21 @@ def _nan(checkpoint):
     next(iter(checkpoint["state_dict"].values())).fill_(torch.nan)
 
 
+def _record(checkpoint, value):
+    checkpoint["callbacks"]["MethodRecord"]["config"] = value
+
+
+def _first_weight(checkpoint, change):
+    name, tensor = next((name, tensor) for name, tensor in checkpoint["state_dict"].items() if tensor.ndim == 2)
+    checkpoint["state_dict"][name] = change(tensor)
+
+
+def _path_of_a_saver(checkpoint):
+    for name, state in checkpoint["callbacks"].items():
+        if name.startswith("ModelCheckpoint"):
+            state["last_model_path"] = 5
+
+
 ROWS = [
     _resumed("truncated", truncated(LAST), "last.ckpt is no file of tensors"),
     _resumed("empty", text(LAST, ""), "last.ckpt is no file of tensors"),
@@ -76,9 +91,36 @@ ROWS = [
             f"going on with another {key}",
             begun("fit"),
             [*FIT, f"--ckpt_path={LAST}", f"--{key}={value}"],
-            f"last.ckpt was begun with {key.replace('lr', 'init_args.lr')}=.*, not {value}; go on with what it was begun with",
+            f"last.ckpt is of a run with {key.replace('lr', 'init_args.lr')}=.*, not {value}; go on with what it was begun with",
         )
         for key, value in (("model.optimizer.lr", 0.9), ("data.batch_size", 7), ("merge.alpha", 0.1))
+    ),
+    *(
+        _resumed(f"with {name} for its configuration", changed(LAST, lambda held, v=value: _record(held, v)), says)
+        for name, value, says in (
+            ("a list", [1], "it lacks a configuration"),
+            ("a word", "junk", "it lacks a configuration"),
+            ("nothing", {}, "last.ckpt is of a run with .*, not"),
+        )
+    ),
+    _resumed("without its configuration", _without("callbacks", "MethodRecord", "config"), "it lacks 'config'"),
+    *(
+        _resumed(f"with a weight that is {name}", changed(LAST, lambda held, of=kind: _first_weight(held, of)), says)
+        for name, kind, says in (
+            ("sparse", torch.Tensor.to_sparse, "is sparse_coo in it"),
+            ("without numbers", lambda tensor: tensor.to("meta"), "holds no numbers in it"),
+            ("a list", torch.Tensor.tolist, "is a list in it, and no tensor"),
+        )
+    ),
+    _resumed(
+        "with nothing for an accuracy",
+        changed(LAST, lambda held: held["callbacks"]["ContinualMonitor"]["rows"][0].__setitem__(0, None)),
+        "The state of ContinualMonitor is damaged: task .* with rows",
+    ),
+    _resumed(
+        "with a number for a path of its own",
+        changed(LAST, _path_of_a_saver),
+        "last_model_path of ModelCheckpoint is of type int in it, not str",
     ),
     _resumed("NaN", changed(LAST, _nan), "last.ckpt.*NaN"),
     _resumed("without its weights", _without("state_dict"), "last.ckpt is not a checkpoint of `lit-rebasin`"),

@@ -5,7 +5,6 @@ import struct
 
 from .bad_inputs import (
     BENCHMARK,
-    CUT,
     SWEEP,
     BadInput,
     all_of,
@@ -13,7 +12,6 @@ from .bad_inputs import (
     directory,
     nothing,
     planted,
-    removed,
     text,
     truncated,
 )
@@ -54,6 +52,10 @@ _DAMAGES = {
     "of refused merges without a reason": (
         _result(methods__average__refused=[[{"task": 1, "kept": "trained"}]]),
         "methods.average.refused is not a list of refused",
+    ),
+    "of a number beyond all": (
+        _result(methods__average__accuracy=[10**400]),
+        "methods.average.accuracy is not a list of numbers",
     ),
     "of a seed in words": (_result(protocol__seeds=["a"]), "protocol.seeds is not a list of whole numbers"),
     "of matrices of another size": (_result(n_tasks=5), "accuracy_matrix is not a list of matrices, 5 x 5"),
@@ -100,30 +102,6 @@ RUNS = [
         all_of(begun("done"), directory(RESULTS)),
         REPORT,
         "out/results.json cannot be read",
-    ),
-    BadInput(
-        "a configuration of a run that is gone",
-        all_of(begun("cut"), removed(f"{CUT}/config.yaml")),
-        [*BENCHMARK, "--resume"],
-        f"{CUT}/config.yaml",
-    ),
-    BadInput(
-        "a configuration of a run that is truncated",
-        all_of(begun("cut"), text(f"{CUT}/config.yaml", "data: {n_ta")),
-        [*BENCHMARK, "--resume"],
-        f"{CUT}/config.yaml",
-    ),
-    BadInput(
-        "a configuration of a run that is a list",
-        all_of(begun("cut"), text(f"{CUT}/config.yaml", "- a\n")),
-        [*BENCHMARK, "--resume"],
-        f"{CUT}/config.yaml",
-    ),
-    BadInput(
-        "a configuration of a run that is of bytes",
-        all_of(begun("cut"), text(f"{CUT}/config.yaml", b"\xff\xfe\x00")),
-        [*BENCHMARK, "--resume"],
-        f"{CUT}/config.yaml",
     ),
     BadInput(
         "a run of another configuration",

@@ -55,7 +55,7 @@ def entries(value, name=""):
     elif isinstance(value, (list, tuple)):
         for key, item in enumerate(value):
             yield from entries(item, f"{name}/{key}")
-    elif not name.endswith(("seconds", "_path", "dirpath")):
+    elif not name.endswith(("seconds", "_path", "dirpath", "output_dir")):
         yield name, value
 
 
@@ -73,6 +73,12 @@ def assert_same_fit(folder, whole):
         else:
             assert found[name] == value, name
     assert not list(folder.rglob("*.tmp"))
+
+
+def rows(folder):
+    """The table of a benchmark without the times."""
+    lines = (folder / "results.md").read_text().splitlines()
+    return [line.split("|")[:-2] for line in lines if line.startswith("|")]
 
 
 def numbers(folder):
@@ -161,15 +167,42 @@ def test_a_benchmark_that_was_killed_ends_as_if_it_never_was(tmp_path):
 def test_a_benchmark_in_the_place_of_another_goes_on_after_a_kill_in_its_first_run(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     other = ["--merge.alpha", "0.25"]
-    for_average = ["--methods", "average", "--seeds", "0"]
+    for_average = ["--methods", "average", "--seeds", "0,1"]
     jobs = [
         {"words": command(whole, *for_average, *other)},
-        {"words": command(cut, *for_average)},
+        {"words": command(cut, *for_average), "sabotage": ["rename", "last.ckpt", 6]},  # in the second run
         {"words": command(cut, *for_average, *other, "--overwrite"), "sabotage": ["half", "last.ckpt", 2]},
         {"words": command(cut, *for_average, *other, "--resume")},
     ]
-    assert run_jobs(tmp_path, jobs) == [0, 0, KILLED, 0], said(tmp_path)
+    assert run_jobs(tmp_path, jobs) == [0, KILLED, KILLED, 0], said(tmp_path)
     assert numbers(cut) == numbers(whole)
+
+
+def test_a_fit_in_the_place_of_another_does_not_go_on_from_it(tmp_path, capsys):
+    folder = tmp_path / "out"
+    other = ["--merge.alpha", "0.25"]
+    again = fit(folder, sabotage=("half", ".ckpt", 1))
+    again["words"] += other
+    assert run_jobs(tmp_path, [fit(folder), again]) == [0, KILLED], said(tmp_path)
+    assert main(["fit", *STREAM, *other, "--output_dir", str(folder), "--ckpt_path", "last"]) == 2
+    assert re.search(
+        "last.ckpt is of a run with merge.alpha=0.5, not 0.25; .*leave --ckpt_path out", capsys.readouterr().err
+    )
+
+
+def test_the_table_is_of_the_results_after_a_kill_between_them(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    two = ["--methods", "finetune,average", "--seeds", "0"]
+    jobs = [
+        {"words": command(whole, *two)},
+        {"words": command(cut, *two), "sabotage": ["rename", "results.md", 2]},
+        {"words": command(cut, *two, "--resume")},
+    ]
+    assert run_jobs(tmp_path, jobs) == [0, KILLED, 0], said(tmp_path)
+    assert rows(cut) == rows(whole)
+    assert len(rows(whole)) == 4
+    assert "Not finished" not in (cut / "results.md").read_text()
+    assert not list(cut.rglob("*.ckpt"))
 
 
 def test_a_trial_ends_with_a_sweep_that_is_killed(tmp_path):
@@ -209,6 +242,21 @@ def test_what_is_finished_is_not_run_again(finished, tmp_path):
     assert after["methods"]["rebasin"]["accuracy_matrix"][0]
 
 
+def test_what_is_left_open_goes_on_as_it_was_begun(tmp_path, capsys):
+    words = ["benchmark", "--config", CONFIG, *SMALL[2:], "--methods", "average", "--seeds", "0"]
+    options = {"normalize": False, "max_steps": 3}
+    given = ["--data.n_tasks", "2", "--merge.method=frank-wolfe", "--merge.options", json.dumps(options)]
+    words += ["--output_dir", str(tmp_path)]
+    assert main([*words, *given]) == 0
+    assert main([*words, *given, "--trainer.max_epochs", "2", "--resume"]) == 0  # as it was filled in
+    assert main([*words, *given, "--resume", "--threads", "64"]) == 2
+    assert "holds a benchmark with threads=" in capsys.readouterr().err
+    assert main([*words, *given[2:], "--resume"]) == 2
+    assert "holds a benchmark with data.n_tasks=2, not 20" in capsys.readouterr().err
+    assert main([*words, *given[:-1], '{"normalize": false}', "--resume"]) == 2
+    assert "holds a benchmark with merge.options.max_steps=3, not None" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -219,6 +267,18 @@ def test_what_is_finished_is_not_run_again(finished, tmp_path):
         (
             ["--methods", "average", "--seeds", "0", "--resume", "--merge.alpha", "0.25"],
             "holds a benchmark with merge.alpha=0.5, not 0.25; go on with what it was begun with",
+        ),
+        (
+            ["--methods", "average", "--seeds", "0", "--resume", "--data.n_tasks", "2"],
+            "holds a benchmark with data.n_tasks=3, not 2;",
+        ),
+        (
+            ["--methods", "average", "--seeds", "0", "--resume", "--trainer.max_epochs", "2"],
+            "holds a benchmark with trainer.max_epochs=3, not 2;",
+        ),
+        (
+            ["--methods", "average", "--seeds", "0", "--resume", "--per_method", "{average: {merge.alpha: 0.5}}"],
+            "holds a benchmark with per_method.average.merge.alpha=None, not 0.5;",
         ),
     ],
 )
