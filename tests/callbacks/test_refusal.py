@@ -237,7 +237,16 @@ def test_what_is_known_after_a_refusal_is_of_the_network_that_is_kept(tmp_path, 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("n_tasks", "2"), ("n_tasks", -1), ("previous", {"w": "junk"}), ("previous", {"w": torch.full((2,), torch.nan)})],
+    [
+        ("n_tasks", "2"),
+        ("n_tasks", -1),
+        ("previous", {"w": "junk"}),
+        ("previous", {"w": torch.full((2,), torch.nan)}),
+        ("previous", {"w": torch.ones(2, device="meta")}),
+        ("previous", {"w": torch.eye(2).to_sparse()}),
+        ("trained", ["w", 3]),
+        ("history", [None]),
+    ],
 )
 def test_a_damaged_state_is_refused(tmp_path, name, value):
     merge = RebasinMerge(0.5)
