@@ -4,15 +4,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 _GOES_ON = {
     "fit": "; --ckpt_path last goes on",
     "benchmark": "; --resume goes on",
-    "sweep": "; the same command goes on with the trials that are not finished",
+    "sweep": "; the same command goes on",
 }
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends what is under way as Ctrl-C does."""
 
 
 def fail(message: str, code: int, error: BaseException | None = None) -> int:
@@ -22,15 +27,26 @@ def fail(message: str, code: int, error: BaseException | None = None) -> int:
     return code
 
 
-def ended_by_sigterm(command: str) -> int:
-    """Print what SIGTERM has ended, and how to go on, and return the exit code."""
-    return fail(f"ended by SIGTERM, as machines that are taken away send it{_GOES_ON.get(command, '')}", 143)
+def ended_by_sigterm(command: str, error: BaseException) -> int:
+    """Print what has ended the command, and how to go on, and return the exit code."""
+    return fail(f"ended by SIGTERM, as machines that are taken away send it{_GOES_ON.get(command, '')}", 143, error)
 
 
 @contextmanager
-def ending_on(number: signal.Signals, last: Callable[[], int]) -> Iterator[None]:
-    """Let a signal end the process at once, with what ``last`` says and returns; those that it has begun see that and end."""
-    with _handled_by(number, lambda *_: os._exit(last())):
+def leaving_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, where native code, such as torch's as it is imported, would turn it into an abort."""
+    with _handled_by(signal.SIGINT, lambda *_: os._exit(fail("interrupted", 130))):
+        yield
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Raise a `TerminatedError` on SIGTERM."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise TerminatedError
+
+    with _handled_by(signal.SIGTERM, interrupt):
         yield
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lit_rebasin import __version__
-from lit_rebasin.cli.endings import ended_by_sigterm, ending_on, fail
+from lit_rebasin.cli.endings import (
+    TerminatedError,
+    ended_by_sigterm,
+    fail,
+    interrupted_by_sigterm,
+    leaving_on_interrupt,
+)
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.suggestions import did_you_mean
 from lit_rebasin.cli.texts import COMMAND_HELP, HELP
@@ -66,8 +71,7 @@ def _run(words: list[str]) -> int:
         sys.path.append(here)
     try:
         _check_words(words[0], words[1:])
-        # While torch is imported, its native code would turn Ctrl-C into an abort.
-        with ending_on(signal.SIGINT, lambda: fail("interrupted", 130)):
+        with leaving_on_interrupt():
             if words[0] == "inspect":
                 from lit_rebasin.cli.inspect import run_inspect as run
             elif words[0] == "align":
@@ -82,8 +86,10 @@ def _run(words: list[str]) -> int:
                 from lit_rebasin.cli.fit import run_fit as run
             else:
                 from lit_rebasin.cli.benchmark import run_benchmark as run
-        with _quiet_threads(), ending_on(signal.SIGTERM, lambda: ended_by_sigterm(words[0])):
+        with _quiet_threads(), interrupted_by_sigterm():
             run(words[1:])
+    except TerminatedError as error:
+        return ended_by_sigterm(words[0], error)
     except KeyboardInterrupt as error:
         return fail("interrupted", 130, error)
     except SystemExit as ending:  # --help and --print_config end with 0; Lightning turns Ctrl-C into an exit with 1
@@ -92,7 +98,7 @@ def _run(words: list[str]) -> int:
         if words[0] in ("inspect", "align", "merge"):
             return int(ending.code or 0)
         if type(ending).__name__ == "SIGTERMException":  # Lightning's, without a code
-            return ended_by_sigterm(words[0])
+            return ended_by_sigterm(words[0], ending)
         return 0 if not ending.code else fail("interrupted", 130, ending)
     except UsageError as error:
         return fail(str(error), 2, error)

@@ -51,9 +51,8 @@ def run_in_parallel(
     Returns:
         The accuracy matrix.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, workers(processes) as pool:
         tasks = [(cli.arguments, run.record.method, run.record.seed, t, folder, threads) for t in range(run.n_tasks)]
-        pool = workers(processes)
         trained = pool.map(_train, tasks)
 
         def arrivals() -> Iterator[int]:
@@ -61,10 +60,7 @@ def run_in_parallel(
                 on_epochs(task, run.data.epochs_per_task)
                 yield task
 
-        try:
-            return _merged(run, Path(folder), arrivals())
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error, tasks that wait are not begun
+        return _merged(run, Path(folder), arrivals())
 
 
 def _train(arguments: tuple[list[str], str, int, int, str, int | None]) -> None:

@@ -79,11 +79,8 @@ def run_side_by_side(
     ]
     with workers(processes) as pool:
         futures = {pool.submit(_in_process, job): number for number, job in enumerate(jobs)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def _in_process(

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +22,7 @@ from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import cell, write_text
+from lit_rebasin.cli.workers import Commands
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,17 @@ def _sweep(
     method, failed = options.method, {}
     waiting = [trial for trial in trials if trial.result(method) is None]
     pool = ThreadPoolExecutor(options.processes)
-    running = {pool.submit(_run, trial, options, words, per_method): trial for trial in waiting}
+    commands = Commands()
+    running = {pool.submit(_run, trial, options, words, per_method, commands): trial for trial in waiting}
     console = Console(stderr=True)
     try:
         for future in track(as_completed(running), "sweep", total=len(running), console=console):
             if future.result():
                 failed[running[future].name] = future.result()
     except KeyboardInterrupt as error:
-        pool.shutdown(cancel_futures=True)  # those that run were interrupted, too
+        pool.shutdown(wait=False, cancel_futures=True)
+        commands.kill()
+        pool.shutdown()
         done = sum(trial.result(method) is not None for trial in trials)
         error.add_note(f"{done} of {len(trials)} trials are finished; the same command goes on with the others")
         raise
@@ -193,16 +194,15 @@ def _listed_before(path: Path) -> dict[str, Any]:
     return kept
 
 
-def _run(trial: Trial, options: Namespace, words: Sequence[str], per_method: Mapping[str, Any]) -> str | None:
+def _run(
+    trial: Trial, options: Namespace, words: Sequence[str], per_method: Mapping[str, Any], commands: Commands
+) -> str | None:
     """Run a benchmark of one method in a process of its own; return what went wrong, if anything did."""
-    begin = [sys.executable, "-m", "lit_rebasin.cli.child", str(os.getpid()), "benchmark"]
-    done = subprocess.run(
-        [*begin, *_words(trial, options, words, per_method)], capture_output=True, text=True, check=False
-    )
-    if done.returncode == 0 and trial.result(options.method) is not None:
+    code, said = commands.run(["benchmark", *_words(trial, options, words, per_method)])
+    if code == 0 and trial.result(options.method) is not None:
         return None
-    lines = done.stderr.strip().splitlines() if done.returncode else []
-    lines = lines or [f"it left no results that are complete, and exit code {done.returncode}"]
+    lines = said.strip().splitlines() if code else []
+    lines = lines or [f"it left no results that are complete, and exit code {code}"]
     return lines[-1].removeprefix("lit-rebasin: error: ")
 
 

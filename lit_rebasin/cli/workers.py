@@ -2,17 +2,60 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from typing import Any
 
 _LOOKS = 0.5  # seconds between two looks at the parent
 
 
-def workers(count: int) -> ProcessPoolExecutor:
-    """Return a pool of fresh processes that end when this one does, also if it is killed and can tell them nothing."""
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
+@contextmanager
+def workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Return a pool of fresh processes that end at once when an error comes out of the work with it.
+
+    They also end when this process does, if it is killed and can tell them nothing.
+    """
+    context = get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():  # in the midst of what may take hours; each file that they write is whole
+                process.kill()
+            raise
+
+
+class Commands:
+    """Commands of this program in processes of their own, which end with this one."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._over = False
+
+    def run(self, words: Sequence[str]) -> tuple[int, str]:
+        """Run a command to its end; return its exit code and its error output."""
+        begin = [sys.executable, "-m", "lit_rebasin.cli.child", str(os.getpid())]
+        options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen([*begin, *words], **options) as process:
+            self._running.add(process)
+            if self._over:
+                process.kill()
+            said = process.communicate()[1]
+            self._running.discard(process)
+            return process.returncode, said
+
+    def kill(self) -> None:
+        """End those that run, and those that are still to be."""
+        self._over = True
+        for process in tuple(self._running):
+            process.kill()
 
 
 def _begin(parent: int) -> None:

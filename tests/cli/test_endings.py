@@ -49,25 +49,37 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.parametrize(
-    ("command", "number"),
+    ("command", "number", "to_all"),
     [
-        ("processes", signal.SIGTERM),
-        pytest.param("processes", signal.SIGINT, marks=pytest.mark.slow),
-        ("tasks", signal.SIGTERM),
-        ("tasks", signal.SIGINT),
-        ("sweep", signal.SIGTERM),
-        pytest.param("sweep", signal.SIGINT, marks=pytest.mark.slow),
+        ("processes", signal.SIGTERM, False),
+        pytest.param("processes", signal.SIGINT, True, marks=pytest.mark.slow),
+        ("processes", signal.SIGINT, False),
+        ("tasks", signal.SIGTERM, False),
+        ("tasks", signal.SIGINT, True),
+        pytest.param("tasks", signal.SIGINT, False, marks=pytest.mark.slow),
+        ("sweep", signal.SIGTERM, False),
+        pytest.param("sweep", signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param("sweep", signal.SIGINT, False, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_all_processes_with_one_sentence(tmp_path, command, number):
+def test_a_signal_ends_all_processes_with_one_sentence(tmp_path, command, number, to_all):
     words = [sys.executable, "-W", "ignore", "-m", "lit_rebasin", *COMMANDS[command]]
-    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    places = tmp_path / "temporary"
+    places.mkdir()
+    environment = {**os.environ, "TMPDIR": str(places)}
+    options = {
+        "cwd": tmp_path,
+        "stderr": subprocess.PIPE,
+        "stdout": subprocess.DEVNULL,
+        "text": True,
+        "env": environment,
+    }
     with subprocess.Popen(words, start_new_session=True, preexec_fn=take_interrupts, **options) as process:
         try:
             # The command and the two that work for it.
             assert wait_for(lambda: len(of_session(process.pid)) >= 3 and list(tmp_path.rglob("config.yaml")))
             time.sleep(1)
-            if number == signal.SIGINT:  # a terminal sends it to all
+            if to_all:  # as a terminal sends it
                 os.killpg(process.pid, number)
             else:
                 process.send_signal(number)
@@ -77,6 +89,7 @@ def test_a_signal_ends_all_processes_with_one_sentence(tmp_path, command, number
             assert "Traceback" not in err
             assert [line for line in err.splitlines() if f"lit-rebasin: error: {says}" in line] == err.splitlines()[-1:]
             assert wait_for(lambda: not of_session(process.pid), 30)
+            assert not list(places.iterdir())
         finally:
             for left in of_session(process.pid):
                 os.kill(left, signal.SIGKILL)

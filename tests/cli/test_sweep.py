@@ -1,6 +1,5 @@
 import json
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -48,7 +47,7 @@ def test_trials_are_listed_by_accuracy_and_not_run_again(tmp_path, capsys):
 def test_a_draw_of_the_combinations_is_the_same_each_time(tmp_path, monkeypatch):
     seen = []
 
-    def listed(trial, options, words, per_method):
+    def listed(trial, *_):
         seen.append(trial.name)
 
     monkeypatch.setattr("lit_rebasin.cli.sweep._run", listed)
@@ -78,8 +77,7 @@ def test_a_trial_that_fails_is_named_and_the_others_are_kept(tmp_path, capsys):
 
 
 def test_a_trial_that_leaves_no_results_has_failed(tmp_path, monkeypatch, capsys):
-    quiet = SimpleNamespace(returncode=0, stderr="a warning\n")
-    monkeypatch.setattr("lit_rebasin.cli.sweep.subprocess.run", lambda *_, **__: quiet)
+    monkeypatch.setattr("lit_rebasin.cli.sweep.Commands.run", lambda *_: (0, "a warning\n"))
     assert sweep(tmp_path, "--vary", "merge.alpha=0.1") == 1
     assert "it left no results that are complete, and exit code 0" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
@@ -206,11 +204,11 @@ def test_an_interruption_begins_no_other_trial_and_keeps_what_is_finished(tmp_pa
 def test_classes_of_a_method_reach_its_trials(tmp_path, monkeypatch):
     commands = []
 
-    def noted(command, **_):
-        commands.append(command)
-        return SimpleNamespace(returncode=1, stderr="noted")
+    def noted(_, words):
+        commands.append(words)
+        return 1, "noted"
 
-    monkeypatch.setattr("lit_rebasin.cli.sweep.subprocess", SimpleNamespace(run=noted))
+    monkeypatch.setattr("lit_rebasin.cli.sweep.Commands.run", noted)
     own = '{"average": {"data.replay_transform": {"class_path": "lit_rebasin.RandomShift"}}}'
     assert sweep(tmp_path, "--method", "average", f"--per_method={own}", "--vary", "merge.alpha=0.5") != 0
     given = json.loads(commands[0][-1].removeprefix("--per_method="))
