@@ -92,6 +92,9 @@ class ContinualMonitor(Callback):
         Raises:
             ValueError: If it is damaged.
         """
+        for key in ("rows", "task", "training"):
+            if key not in state_dict:
+                raise ValueError(f"The state of {type(self).__name__} is damaged: it lacks {key}.")
         rows, task = state_dict["rows"], state_dict["task"]
         is_placed = task >= -1 and (state_dict["training"] or task < len(rows))
         if not is_placed or not all(isinstance(accuracy, int | float) for row in rows for accuracy in row):

@@ -11,19 +11,22 @@ def check_merge_state(owner: str, state: Mapping[str, Any]) -> None:
     """Refuse the state of a merging callback or plugin whose values are none that it writes.
 
     Raises:
-        ValueError: If the count of tasks, the previous network, a name or an entry of the history is damaged.
+        ValueError: If a count of tasks, the previous network, what is known of the tasks, a name or an entry of the history is damaged.
     """
+    for key in ("n_tasks", "previous"):
+        if key not in state:
+            raise ValueError(f"The state of {owner} is damaged: it lacks {key}.")
     count, previous = state["n_tasks"], state["previous"]
     for key, kind in {"trained": str, "learned": str, "history": Mapping}.items():
         if not all(isinstance(entry, kind) for entry in state.get(key) or ()):
             raise ValueError(f"The state of {owner} is damaged: an entry of {key} is none that it writes.")
-    if type(count) is not int or count < 0:
-        raise ValueError(f"The state of {owner} is damaged: n_tasks is {count!r}.")
-    for name, tensor in previous.items():
-        if not isinstance(tensor, Tensor) or not _is_of_numbers(tensor):
-            raise ValueError(
-                f"The state of {owner} is damaged: {name!r} of the previous network is no tensor of numbers."
-            )
+    for key, number in {"n_tasks": count, "known_tasks": state.get("known_tasks", 0)}.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"The state of {owner} is damaged: {key} is {number!r}.")
+    for what, tensors in {"the previous network": previous, "known": state.get("known", {})}.items():
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or not _is_of_numbers(tensor):
+                raise ValueError(f"The state of {owner} is damaged: {name!r} of {what} is no tensor of numbers.")
 
 
 def _is_of_numbers(tensor: Tensor) -> bool:

@@ -70,6 +70,8 @@ class MergeSettings:
             raise ValueError(
                 f"combine='regmean' leaves the linear path, on which alpha={self.alpha!r} is chosen: give alpha a number."
             )
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options must be a mapping of what the method takes, got {self.options!r}.")
         check_method(self.method, self.options, residual=self.method == "sinkhorn" and self.used_cost == "incremental")
         try:
             _try(self.method, self.used_options)

@@ -58,13 +58,14 @@ class StepLoss(nn.Module):
         """
         with self.precision.train_step_context():
             output = self.module.training_step(batch, 0) if self.takes_index else self.module.training_step(batch)
-        loss = output["loss"] if isinstance(output, Mapping) else output
+        loss = output.get("loss", output) if isinstance(output, Mapping) else output
         if loss is None:
             raise NoLossError(f"{type(self.module).__name__}.training_step returned None.")
-        if not isinstance(loss, Tensor):
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
-                f"{type(self.module).__name__}.training_step returned {type(loss).__name__}, but the merge needs its loss: "
-                "return a tensor, or a dict with the key 'loss'."
+                f"{type(self.module).__name__}.training_step returned {got}, but the merge needs its loss: "
+                "return a tensor with one number, or a dict with the key 'loss'."
             )
         return loss
 

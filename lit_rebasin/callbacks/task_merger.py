@@ -189,6 +189,8 @@ class TaskMerger:
                 )
             self._known.begin(self.settings, step, draw)
             return None, None
+        # What prunes or quantizes while it trains may have renamed its weights.
+        check_same_architecture(weights_of(module), self.previous, ("trained network", "previous network"))
         if broken:
             write_weights(module, self.previous)
             return None, Refusal(f"training left NaN or infinity in {broken!r}", "previous")

@@ -19,12 +19,14 @@ from torch import nn
 from typing_extensions import override
 
 from lit_rebasin.callbacks import RebasinMerge
+from lit_rebasin.cli.completeness import check_amounts
 from lit_rebasin.cli.configuration_files import check_file, named_files
 from lit_rebasin.cli.errors import UsageError, refusing
 from lit_rebasin.cli.methods import METHODS
 from lit_rebasin.cli.parser_errors import in_words
 from lit_rebasin.continual import ContinualClassifier, ContinualDataModule
 
+_MOST_THREADS = 1024  # more would run out of memory before anything is computed
 PACKAGES = (
     "lit-rebasin",
     "torch",
@@ -90,7 +92,7 @@ class ContinualCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a benchmark needs beyond trainer, model and data."""
         names = ", ".join(METHODS)
-        parser.add_argument("--method", default="rebasin", help=f"What `fit` trains: {names}.")
+        parser.add_argument("--method", type=str, default="rebasin", help=f"What `fit` trains: {names}.")
         parser.add_argument(
             "--methods", type=list[str] | str, default=["finetune", "replay", "rebasin"], help="What `benchmark` runs."
         )
@@ -100,7 +102,7 @@ class ContinualCLI(LightningCLI):
         parser.add_argument(
             "--data_dir", type=str | None, default=None, help="Folder of the data sets; the same as --data.data_dir."
         )
-        parser.add_argument("--output_dir", default="runs", help="Where results, logs and checkpoints go.")
+        parser.add_argument("--output_dir", type=str, default="runs", help="Where results, logs and checkpoints go.")
         parser.add_argument(
             "--overwrite", action="store_true", help="Let `benchmark` replace results that are in output_dir already."
         )
@@ -157,6 +159,10 @@ class ContinualCLI(LightningCLI):
     @refusing()
     def _check_arguments(self) -> None:
         """Say what classes refuse before any run, also one that does without them."""
+        for name in ("method", "output_dir"):  # null is any type's to the parser
+            if self.config[name] is None:
+                raise UsageError(f"{name} must be a text, got null")
+        check_amounts(self.config.trainer)
         RebasinMerge(**self.config.merge.as_dict())
         names = ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")
         loss = {name: self.config.model[name] for name in names}
@@ -179,8 +185,12 @@ class ContinualCLI(LightningCLI):
         """
         try:
             made: Namespace = self.parser.instantiate(config)
-        except (ArgumentError, ValueError) as error:
+        except (ArgumentError, ValueError, RuntimeError) as error:
             raise ValueError(in_words(error)) from error
+        except SystemExit as error:
+            raise UsageError(
+                f"what model, data, merge or a callback names has ended with SystemExit({error})"
+            ) from error
         except (TypeError, OverflowError) as error:  # of a class that does not look at its arguments
             about = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(f"an argument of model, data, merge or a callback is of a wrong kind: {about}") from error
@@ -208,8 +218,8 @@ def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads, if it is given."""
     if threads is None:
         return
-    if threads < 1:
-        raise UsageError(f"threads must be at least 1, got {threads}")
+    if not 1 <= threads <= _MOST_THREADS:
+        raise UsageError(f"threads must be from 1 to {_MOST_THREADS}, got {threads}")
     torch.set_num_threads(threads)
 
 

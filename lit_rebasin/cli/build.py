@@ -138,7 +138,7 @@ def _build_run(
     options["plugins"] = [*_as_list(options.get("plugins")), WholeCheckpointIO()]
     try:
         trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
-    except TypeError as error:
+    except (TypeError, ImportError) as error:
         raise UsageError(f"trainer: {error}") from None
     if forgets(trainer):
         raise UsageError(

@@ -57,6 +57,8 @@ def parse(command: str, words: Sequence[str], parser: argparse.ArgumentParser) -
         options, others = parser.parse_known_args(own)
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
+    if options.seed < 0:
+        raise UsageError(f"seed must be at least 0, got {options.seed}")
     options.checkpoints = [word for word in others if not word.startswith("-")]
     unknown = [word for word in others if word.startswith("-") and word != "--help"]
     if unknown:

@@ -1,11 +1,23 @@
-"""A benchmark counts only streams that were trained and measured to the end of every task."""
+"""What the Trainer's arguments must be like, in a benchmark such that every stream is trained and measured to the end of every task."""
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from torch import Tensor
 
 from lit_rebasin.cli.errors import UsageError
+
+
+def check_amounts(options: Mapping[str, Any]) -> None:
+    """Raise a `UsageError` for amounts with which Lightning would divide by zero, or train nothing without a word."""
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval", "limit_train_batches"):
+        amount = options[name]
+        if isinstance(amount, int | float) and not amount > 0:
+            raise UsageError(f"trainer.{name} must be above 0, got {amount}")
+    clip = options["gradient_clip_val"]
+    if clip is not None and not 0 <= clip < inf:
+        raise UsageError(f"trainer.gradient_clip_val must be a finite number of at least 0, got {clip}")
 
 
 def check_trainer(options: Mapping[str, Any], epochs_per_task: int) -> None:
@@ -27,7 +39,6 @@ def check_trainer(options: Mapping[str, Any], epochs_per_task: int) -> None:
         "max_steps": options["max_steps"] != -1,
         "max_time": options["max_time"] is not None,
         "overfit_batches": options["overfit_batches"] != 0,
-        "limit_train_batches": options["limit_train_batches"] == 0,
         "limit_val_batches": not is_all(options["limit_val_batches"]),
         "val_check_interval": options["val_check_interval"] not in (None, 1.0),
     }

@@ -10,7 +10,9 @@ from lit_rebasin.cli.errors import UsageError
 
 _MOST = 100_000  # entries, each as often as it is referred to
 _SECTIONS = ("trainer", "model", "data", "merge")
-_MERGE = "tag:yaml.org,2002:merge"  # a key that takes in another mapping, and may do so again
+_YAML = "tag:yaml.org,2002:"
+_KINDS = {f"{_YAML}{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map", "merge")}
+_MERGE = f"{_YAML}merge"  # a key that takes in another mapping, and may do so again
 
 
 def named_files(words: Sequence[str]) -> list[Path]:
@@ -55,6 +57,7 @@ def check_file(path: Path) -> None:
             )
     if _entries(path, root, {}, set()) > _MOST:
         raise UsageError(f"configuration {path} has more than {_MOST} entries")
+    _check_names(path, root, "", set())
 
 
 def _entries(path: Path, node: Node, known: dict[int, int], above: set[int]) -> int:
@@ -62,12 +65,9 @@ def _entries(path: Path, node: Node, known: dict[int, int], above: set[int]) -> 
     if id(node) in above:
         raise _at(path, node.start_mark, "what an anchor names holds itself")
     if id(node) not in known:
-        if node.tag not in yaml.SafeLoader.yaml_constructors and node.tag != _MERGE:
-            raise _at(
-                path,
-                node.start_mark,
-                f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is none of plain YAML, and is never run",
-            )
+        if node.tag not in _KINDS:
+            tag = node.tag.removeprefix(_YAML)
+            raise _at(path, node.start_mark, f"the tag {tag} is not for a configuration, and is never run")
         if isinstance(node, MappingNode):
             _check_keys(path, node)
         inner = (_entries(path, one, known, above | {id(node)}) for one in _children(node))
@@ -91,6 +91,17 @@ def _check_keys(path: Path, node: MappingNode) -> None:
         if key.value in seen and key.tag != _MERGE:
             raise _at(path, key.start_mark, f"{key.value!r} twice in the same place; keep one of them")
         seen.add(key.value)
+
+
+def _check_names(path: Path, node: MappingNode, prefix: str, seen: set[str]) -> None:
+    """Refuse a key that is given with dots as well as in its section."""
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if isinstance(value, MappingNode):
+            _check_names(path, value, f"{name}.", seen)
+        elif name in seen:
+            raise _at(path, key.start_mark, f"{name!r} is given twice, with dots and in a section; keep one of them")
+        seen.add(name)
 
 
 def _at(path: Path, mark: yaml.Mark | None, problem: str) -> UsageError:

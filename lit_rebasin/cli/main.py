@@ -19,6 +19,7 @@ from lit_rebasin.cli.endings import (
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.suggestions import did_you_mean
 from lit_rebasin.cli.texts import COMMAND_HELP, HELP
+from lit_rebasin.cli.workers import ending_together
 
 # Both commands read one YAML file, so each parser knows these keys, but on the command line they would be ignored.
 FOREIGN_OPTIONS = {
@@ -86,7 +87,7 @@ def _run(words: list[str]) -> int:
                 from lit_rebasin.cli.fit import run_fit as run
             else:
                 from lit_rebasin.cli.benchmark import run_benchmark as run
-        with _quiet_threads(), interrupted_by_sigterm():
+        with _quiet_threads(), ending_together(), interrupted_by_sigterm():
             run(words[1:])
     except TerminatedError as error:
         return ended_by_sigterm(words[0], error)
@@ -96,7 +97,9 @@ def _run(words: list[str]) -> int:
         if isinstance(ending.__context__, BrokenPipeError):  # rich has ended the process
             return 1
         if words[0] in ("inspect", "align", "merge"):
-            return int(ending.code or 0)
+            if "--help" in words:
+                return int(ending.code or 0)
+            return fail(f"code of the network's has ended the program with SystemExit({ending})", 1, ending)
         if type(ending).__name__ == "SIGTERMException":  # Lightning's, without a code
             return ended_by_sigterm(words[0], ending)
         return 0 if not ending.code else fail("interrupted", 130, ending)

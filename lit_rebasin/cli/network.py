@@ -96,7 +96,7 @@ def build(command: str, path: str, target: Any, words: Sequence[str], saved: Map
     try:
         made = vars(parser.instantiate(given).get("model", Namespace()))
         model = target if isinstance(target, nn.Module) else target(**made)
-    except Exception as error:  # whatever the user's code does
+    except (Exception, SystemExit) as error:  # whatever the user's code does
         raise UsageError(f"{path} cannot be made: {_words(error)}") from None
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path} makes a {type(model).__name__}, not a torch.nn.Module")
@@ -182,7 +182,7 @@ def trace(path: str, model: nn.Module, example: Example) -> Traced:
 def _explained(path: str, model: nn.Module, example: Example) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if runs(model, example):
             raise
         why = str(error).removesuffix(_FROM_AXES).removesuffix(".")
@@ -194,6 +194,6 @@ def runs(model: nn.Module, example: Example) -> bool:
     try:
         with torch.no_grad():
             model.eval()(*example.args, **example.kwargs)
-    except Exception:  # whatever the user's code does
+    except (Exception, SystemExit):  # whatever the user's code does
         return False
     return True

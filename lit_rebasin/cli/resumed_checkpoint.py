@@ -46,7 +46,7 @@ def configuration(run: Run, held: Any, path: Path) -> Mapping[str, Any]:
     """
     with _expecting(path):
         config = held["callbacks"][run.record.state_key]["config"]
-        if not isinstance(config, Mapping):
+        if not isinstance(config, Mapping) or not _is_plain(config):
             raise TypeError("a configuration")
         return config
 
@@ -63,7 +63,7 @@ def check_checkpoint(run: Run, held: Any, path: Path) -> None:
         run.data.load_state_dict(held[type(run.data).__qualname__])
         _check_weights(run.model.state_dict(), held["state_dict"])
         _check_optimizers(run, held["optimizer_states"])
-        _ = held["loops"]["fit_loop"]
+        _check_kinds(run.trainer.fit_loop.state_dict(), held["loops"]["fit_loop"], "fit_loop")
         callbacks: list[Callback] = run.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, _NEEDED) or callback.state_key in held["callbacks"]:
@@ -118,11 +118,23 @@ def _check_state(callback: Callback, held: Mapping[str, Any]) -> None:
     """See that a callback's state is of the kinds that it writes itself; further it looks when it takes it over."""
     if not isinstance(callback, (*_NEEDED, ModelCheckpoint)):
         return
-    for name, value in callback.state_dict().items():
-        is_plain = isinstance(value, bool | int | str | list | dict)
-        if is_plain and name in held and type(held[name]) is not type(value):  # older versions may lack one
-            kinds = f"of type {type(held[name]).__name__} in it, not {type(value).__name__}"
-            raise _UnfitError(f"{name} of {type(callback).__name__} is {kinds}")
+    _check_kinds(callback.state_dict(), held, type(callback).__name__)
+
+
+def _check_kinds(own: Mapping[str, Any], held: Mapping[str, Any], owner: str) -> None:
+    """See that what a state holds is of the kinds that it would have here; older versions may lack an entry."""
+    for name in own.keys() & held.keys():
+        value, found = own[name], held[name]
+        if isinstance(value, bool | int | str | list | dict) and type(found) is not type(value):
+            raise _UnfitError(f"{name} of {owner} is of type {type(found).__name__} in it, not {type(value).__name__}")
+        if isinstance(value, dict):
+            _check_kinds(value, found, owner)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, bool | int | float | str | None)
 
 
 def _check_optimizers(run: Run, states: list[Any]) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from typing import Any
 
+_PARENT = "LIT_REBASIN_PARENT"  # the number of the command that has begun another, for that one
 _LOOKS = 0.5  # seconds between two looks at the parent
 
 
@@ -41,7 +42,7 @@ class Commands:
 
     def run(self, words: Sequence[str]) -> tuple[int, str]:
         """Run a command to its end; return its exit code and its error output."""
-        begin = [sys.executable, "-m", "lit_rebasin.cli.child", str(os.getpid())]
+        begin = [sys.executable, "-m", "lit_rebasin"]
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen([*begin, *words], **options) as process:
             self._running.add(process)
@@ -58,14 +59,27 @@ class Commands:
             process.kill()
 
 
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Let commands that this one begins, as Lightning does for every device but one, end with it, also if it is killed."""
+    parent = os.environ.get(_PARENT)
+    if parent == str(os.getppid()):
+        _end_with(os.getppid())
+    os.environ[_PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[_PARENT]
+        if parent is not None:
+            os.environ[_PARENT] = parent
+
+
 def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a word: the parent, which has it too, says it all
-    end_with_parent(parent)
+    _end_with(parent)
 
 
-def end_with_parent(parent: int) -> None:
-    """End this process when that with the number ``parent``, which has begun it, does."""
-
+def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_LOOKS)

@@ -65,6 +65,10 @@ class ContinualClassifier(LightningModule):
         mixup: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, nn.Module):
+            raise TypeError(f"backbone must be a torch.nn.Module, got {backbone!r}.")
+        if n_features is not None and n_features < 1:
+            raise ValueError(f"n_features must be at least 1, got {n_features}.")
         if n_classes < 1 or n_heads < 1:
             raise ValueError(f"n_classes and n_heads must be at least 1, got n_classes={n_classes}, n_heads={n_heads}.")
         if n_heads > 1 and n_features is None:

@@ -19,6 +19,7 @@ from lit_rebasin.continual.trainer_checks import check_trainer
 
 EVALUATION_BATCH = 2048
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
+_MOST, _MOST_TASKS = 2**31 - 1, 100_000  # more is a slip of the keyboard
 # What else a user can do where a task has no examples of a kind.
 _OTHER_WAYS = {"training": " or validation_fraction", "held-back": " or a larger validation_fraction"}
 
@@ -75,17 +76,17 @@ class ContinualDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("n_tasks", 1 if n_tasks is None else n_tasks, 1),
-            ("epochs_per_task", epochs_per_task, 1),
-            ("batch_size", batch_size, 1),
-            ("replay_per_class", replay_per_class, 0),
-            ("seed", seed, 0),
+        for name, value, least, most in (
+            ("n_tasks", 1 if n_tasks is None else n_tasks, 1, _MOST_TASKS),
+            ("epochs_per_task", epochs_per_task, 1, _MOST),
+            ("batch_size", batch_size, 1, _MOST),
+            ("replay_per_class", replay_per_class, 0, _MOST),
+            ("seed", seed, 0, LARGEST_SEED),
         ):
             if not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-        if seed > LARGEST_SEED:
-            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {seed}.")
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}.")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}.")
         self.save_hyperparameters(ignore=["replay_transform"])

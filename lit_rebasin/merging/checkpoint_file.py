@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,7 @@ def _prefix(twins: Mapping[str, Sequence[str]], names: Sequence[str], holder: st
 
 
 def _read_safetensors(file: str) -> dict[str, Any]:
+    _check_is_file(file)
     try:
         return dict(safetensors.torch.load_file(file))
     except OSError as error:
@@ -153,10 +155,15 @@ def read_torch(file: str, opened: IO[bytes] | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: If there is no such file, or it holds something else.
     """
+    if opened is None:
+        _check_is_file(file)
     try:
+        _check_sums(file, opened)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle that is refused in our own words
             held = torch.load(opened or file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise _unreadable(file, error) from None
     except Exception as error:  # whatever the bytes of a file of another kind lead to
@@ -166,6 +173,27 @@ def read_torch(file: str, opened: IO[bytes] | None = None) -> dict[str, Any]:
             f"checkpoint {file} holds a {type(held).__name__}, not a state dict or a Lightning checkpoint"
         )
     return held
+
+
+def _check_is_file(file: str) -> None:
+    """Refuse what is neither a file nor a folder, such as a pipe, from which a read might never come back."""
+    place = Path(file)
+    if place.exists() and not place.is_file() and not place.is_dir():
+        raise CheckpointError(f"checkpoint {file} cannot be read: it is no file")
+
+
+def _check_sums(file: str, opened: IO[bytes] | None) -> None:
+    """Refuse a file with bytes other than those that were written, which torch does not look at."""
+    if not zipfile.is_zipfile(opened or file):
+        damaged = None
+    else:
+        with zipfile.ZipFile(opened or file) as held:
+            has_sums = any(entry.CRC for entry in held.infolist())  # torch can leave them out
+            damaged = held.testzip() if has_sums else None
+    if damaged is not None:
+        raise CheckpointError(f"checkpoint {file} is damaged: what it holds of {damaged!r} is not what was written")
+    if opened is not None:
+        opened.seek(0)
 
 
 def _refused(error: Exception) -> str:

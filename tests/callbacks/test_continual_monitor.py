@@ -55,6 +55,9 @@ def test_state_goes_on(tmp_path):
     other = ContinualMonitor()
     other.load_state_dict(monitor.state_dict())
     assert torch.equal(other.matrix, monitor.matrix)
+    with pytest.raises(ValueError, match="The state of ContinualMonitor is damaged: it lacks rows"):
+        other.load_state_dict({"task": 0})
+    assert torch.equal(other.matrix, monitor.matrix)
 
 
 def test_metric_that_is_not_logged(tmp_path):

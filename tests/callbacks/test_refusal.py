@@ -246,6 +246,9 @@ def test_what_is_known_after_a_refusal_is_of_the_network_that_is_kept(tmp_path, 
         ("previous", {"w": torch.eye(2).to_sparse()}),
         ("trained", ["w", 3]),
         ("history", [None]),
+        ("known", {"w": None}),
+        ("known", {"w": 3.0}),
+        ("known_tasks", -1),
     ],
 )
 def test_a_damaged_state_is_refused(tmp_path, name, value):
@@ -254,6 +257,8 @@ def test_a_damaged_state_is_refused(tmp_path, name, value):
     state = merge.state_dict()
     with pytest.raises(ValueError, match="The state of RebasinMerge is damaged"):
         RebasinMerge(0.5).load_state_dict({**state, name: value})
+    with pytest.raises(ValueError, match="The state of RebasinMerge is damaged: it lacks n_tasks"):
+        RebasinMerge(0.5).load_state_dict({})
     RebasinMerge(0.5).load_state_dict(state)
 
 

@@ -39,6 +39,7 @@ from lit_rebasin import RebasinMerge
         ({"method": "sinkhorn", "options": {"schedule": {"kapa": 1}}}, "unexpected keyword argument 'kapa'"),
         ({"method": "straight-through", "options": {"learning_rate": 0.0}}, "learning_rate must be above 0"),
         ({"method": "covariance", "options": {"power": 2.0}}, "power must lie between 0 and 1"),
+        ({"options": [1]}, r"options must be a mapping of what the method takes, got \[1\]"),
         ({"method": "frank-wolfe", "options": {"max_steps": -1}}, "max_steps must be a whole number"),
     ],
 )

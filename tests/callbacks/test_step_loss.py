@@ -292,10 +292,16 @@ def test_step_that_skips_batches(tmp_path):
             step.with_loss(batches[:2])
 
 
-def test_step_without_a_loss_tensor(tmp_path):
+@pytest.mark.parametrize(
+    ("returned", "called"), [(0.5, "float"), ({"l": 0.5}, "dict"), (torch.ones(3), r"a tensor of \(3,\)")]
+)
+def test_step_without_a_loss_tensor(tmp_path, returned, called):
     step, _ = attach(tmp_path)
-    step.module.training_step = lambda batch, batch_idx: 0.5
-    with step.quiet(), pytest.raises(ValueError, match="training_step returned float, but the merge needs its loss"):
+    step.module.training_step = lambda batch, batch_idx: returned
+    with (
+        step.quiet(),
+        pytest.raises(ValueError, match=f"training_step returned {called}, but the merge needs its loss"),
+    ):
         step.loss(batches_of(step)[0])
 
 

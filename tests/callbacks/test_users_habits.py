@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -105,6 +106,14 @@ def test_frozen_parameters_stay_bit_for_bit(tmp_path):
     for name in ("net.1.weight", "net.1.bias", "net.7.bias"):
         assert torch.equal(now[name], first[name])
     assert not torch.equal(now["net.5.weight"], trained["net.5.weight"])
+
+
+def test_a_network_that_something_renames_in_training_is_refused(tmp_path):
+    merge, pruned = RebasinMerge(0.5), ModelPruning("l1_unstructured", amount=0.5)
+    module = UserModule()
+    make_trainer(tmp_path, merge).fit(module, loader())
+    with pytest.raises(ValueError, match=r"trained network has a tensor '.*_orig' that the previous network lacks"):
+        make_trainer(tmp_path, pruned, merge).fit(module, loader(shift=1))
 
 
 def test_hooks_on_batches_see_those_of_the_merge(tmp_path):

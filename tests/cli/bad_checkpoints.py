@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from .bad_inputs import (
     all_of,
     arrays,
     directory,
+    flipped,
     networks,
     planted,
     removed,
@@ -35,11 +37,19 @@ def _state(**other):
     )
 
 
+def _pipe(place):
+    """Put a pipe in the place of a file, which nobody writes to."""
+    (place.folder / "a.pt").unlink()
+    os.mkfifo(place.folder / "a.pt")
+
+
 _BAD = {
     "truncated": (truncated("a.pt"), "a.pt is no file of tensors"),
     "empty": (text("a.pt", ""), "a.pt is no file of tensors"),
     "text": (text("a.pt"), "a.pt is no file of tensors"),
     "a folder": (directory("a.pt"), "a.pt cannot be read: Is a directory"),
+    "a pipe": (_pipe, "a.pt cannot be read: it is no file"),
+    "changed in its bytes": (flipped("a.pt"), "a.pt is damaged: what it holds of 'a/data/.*' is not what was written"),
     "missing": (removed("a.pt"), "a.pt cannot be read: No such file"),
     "of another architecture": (_held(drawn(0, width=9).state_dict()), r"a.pt .*'0.weight' has shape \(9, 6\)"),
     "a pickle with code": (planted("a.pt"), "a.pt holds the Python object posix.mkdir, which could run code"),

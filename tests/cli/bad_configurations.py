@@ -33,6 +33,19 @@ FILES = [
         "a duplicate section", "data: {n_tasks: 2}\nmodel: {}\ndata: {n_tasks: 3}\n", "c.yaml, line 3: .*'data' twice"
     ),
     _yaml("a duplicate key", "data:\n  n_tasks: 2\n  n_tasks: 3\n", "c.yaml, line 3: .*'n_tasks' twice"),
+    _yaml("a set", "data: !!set {a, b}\n", "c.yaml, line 1: the tag set is not for a configuration"),
+    _yaml(
+        "a key with dots and in its section",
+        "data.n_tasks: 2\ndata: {n_tasks: 3}\n",
+        "c.yaml, line 2: 'data.n_tasks' is given twice",
+    ),
+    *(
+        _yaml(
+            f"{value} for a folder of {command[0]}", f"output_dir: {value}\n", "output_dir must be a text, got", command
+        )
+        for value in ("3", "null", "[a]")
+        for command in (FIT[:-1], BENCHMARK[:-1])
+    ),
     _yaml("a tab", "data:\n\tn_tasks: 2\n", r"c.yaml, line 2: .*'\\t'"),
     _yaml("an open bracket", "data: {n_tasks: 2\n", "c.yaml, line 2: .*expected ',' or '}'"),
     _yaml("a wrong indentation", "data:\n   n_tasks: 2\n  seed: 3\n", "c.yaml, line 3"),
@@ -143,7 +156,30 @@ NUMBERS = [
     _words(
         "a learning rate in words", ["--model.optimizer.lr=fast"], "model.optimizer.lr must be a number.*, got fast"
     ),
-    _words("threads below 1", ["--threads=0"], "threads must be at least 1, got 0"),
+    _words("threads below 1", ["--threads=0"], "threads must be from 1 to 1024, got 0"),
+    _words("threads without end", ["--threads=1000000000"], "threads must be from 1 to 1024, got 1000000000"),
+    *(
+        _words(
+            f"{value} for {name} of {command[0]}",
+            [f"--trainer.{name}={value}"],
+            f"trainer.{name} must be above 0, got",
+            command,
+        )
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval", "limit_train_batches")
+        for value in ("0", "-1")
+        for command in (FIT, BENCHMARK)
+    ),
+    _words(
+        "a clipping of no number", ["--trainer.gradient_clip_val=.nan"], "gradient_clip_val must be a finite number"
+    ),
+    _words("tasks without end", [f"--data.n_tasks={10**20}"], "n_tasks must be at most 100000, got 10"),
+    _words("a batch without end", [f"--data.batch_size={10**100}"], "batch_size must be at most 2147483647, got 10"),
+    _words("a width below 0", ["--model.backbone.hidden_size=-4"], "negative dimension -4"),
+    _words("a number of features below 1", ["--model.n_features=0"], "n_features must be at least 1, got 0"),
+    _words(
+        "a precision without its package", ["--trainer.precision=transformer-engine"], "trainer: .*transformer_engine"
+    ),
+    BadInput("a seed of merge below 0", networks, [*MERGE, "--seed=-1"], "seed must be at least 0, got -1"),
     _words("threads in words", ["--threads=two"], "threads must be a whole number or null, got two"),
     _words("processes below 1", ["--processes=0"], "processes must be at least 1, got 0", BENCHMARK),
     _words("a seed below 0", ["--seed_everything=-1"], "seed_everything: -1 is not in bounds"),

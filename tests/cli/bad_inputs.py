@@ -115,6 +115,19 @@ def truncated(name: str, share: float = 0.6) -> Prepare:
     return prepare
 
 
+def flipped(name: str, share: float = 0.5) -> Prepare:
+    """Change four bytes of a file."""
+
+    def prepare(place):
+        path = place.folder / name
+        content = bytearray(path.read_bytes())
+        for at in range(int(share * len(content)), int(share * len(content)) + 4):
+            content[at] ^= 0x55
+        path.write_bytes(content)
+
+    return prepare
+
+
 def removed(name: str) -> Prepare:
     """Take a file away."""
     return lambda place: (place.folder / name).unlink()

@@ -12,6 +12,7 @@ from .bad_inputs import (
     begun,
     changed,
     directory,
+    flipped,
     networks,
     planted,
     removed,
@@ -59,6 +60,9 @@ ROWS = [
     _resumed("truncated", truncated(LAST), "last.ckpt is no file of tensors"),
     _resumed("empty", text(LAST, ""), "last.ckpt is no file of tensors"),
     _resumed("text", text(LAST), "last.ckpt is no file of tensors"),
+    _resumed(
+        "changed in its bytes", flipped(LAST), "last.ckpt is damaged: what it holds of '.*' is not what was written"
+    ),
     _resumed("a folder", directory(LAST), "last.ckpt cannot be read: Is a directory"),
     _resumed("missing", removed(LAST), "there is no checkpoint .*last.ckpt"),
     _resumed(
@@ -79,7 +83,15 @@ ROWS = [
     _resumed(
         "with a word for its progress",
         changed(LAST, lambda held: held["loops"]["fit_loop"].update(epoch_progress="junk")),
-        "last.ckpt is damaged, or of another version .*; begin the run anew",
+        "epoch_progress of fit_loop is of type str in it, not dict",
+    ),
+    *(
+        _resumed(
+            f"with {value!r} for a count of its progress",
+            changed(LAST, lambda held, v=value: held["loops"]["fit_loop"]["epoch_progress"]["current"].update(ready=v)),
+            "ready of fit_loop is of type .* in it, not int",
+        )
+        for value in ("x", [], None)
     ),
     _resumed(
         "with a word for its optimizer's state",
@@ -100,6 +112,7 @@ ROWS = [
         for name, value, says in (
             ("a list", [1], "it lacks a configuration"),
             ("a word", "junk", "it lacks a configuration"),
+            ("a tensor within", {"method": torch.ones(2)}, "it lacks a configuration"),
             ("nothing", {}, "last.ckpt is of a run with .*, not"),
         )
     ),

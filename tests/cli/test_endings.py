@@ -23,6 +23,13 @@ SAYS = {
 }
 
 
+# One model on two devices.
+FIT = [
+    *("fit", "--config", str(ROOT / CONFIG), *SMALL, "--data.epochs_per_task=20000", "--threads=1", "--output_dir=out"),
+    *("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=false"),
+]
+
+
 def take_interrupts():
     """Undo what a shell does to the work that it puts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -91,6 +98,21 @@ def test_a_signal_ends_all_processes_with_one_sentence(tmp_path, command, number
             assert wait_for(lambda: not of_session(process.pid), 30)
             # wandb, which Avalanche imports, has empty folders of its own in each process.
             assert not [place for place in places.iterdir() if "wandb" not in place.name]
+        finally:
+            for left in of_session(process.pid):
+                os.kill(left, signal.SIGKILL)
+
+
+def test_a_kill_ends_the_processes_of_all_devices(tmp_path):
+    words = [sys.executable, "-W", "ignore", "-m", "lit_rebasin", *FIT]
+    options = {"cwd": tmp_path, "stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(words, start_new_session=True, **options) as process:
+        try:
+            # Once they have met, the second one would see the end of the first in any case.
+            assert wait_for(lambda: len(of_session(process.pid)) >= 2)
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+            assert wait_for(lambda: not of_session(process.pid), 30)
         finally:
             for left in of_session(process.pid):
                 os.kill(left, signal.SIGKILL)

@@ -247,6 +247,25 @@ def test_a_file_that_cannot_be_imported_is_named(code, match, capsys, tmp_path):
     assert re.search(match, error), error
 
 
+@pytest.mark.parametrize(
+    ("code", "exit_code", "match"),
+    [
+        ("def Net():\n    raise SystemExit(0)", 2, "imported.Net cannot be made: SystemExit: 0$"),
+        (
+            "import torch\n\n\nclass Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(3, 3)\n\n"
+            "    def forward(self, x):\n        raise SystemExit(0)",
+            1,
+            "imported.Net does not run on this input",
+        ),
+    ],
+)
+def test_a_network_that_ends_the_program_is_named(code, exit_code, match, capsys, tmp_path):
+    (tmp_path / "imported.py").write_text(code)
+    assert main(["inspect", "imported.Net", "--input", "1,3"]) == exit_code
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(match, error), error
+
+
 def test_the_summary_comes_before_the_tables(capsys):
     assert main(["inspect", f"{CODE_OF_THIS_TEST}.mlp", "--input", "6,3"]) == 0
     first, second, *_ = capsys.readouterr().out.splitlines()

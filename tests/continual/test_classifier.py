@@ -291,6 +291,7 @@ def test_every_old_head_is_held_on_new_and_replayed_examples(mixup):
         ({"distillation": -1.0}, "distillation must be a number of at least 0, got -1.0"),
         ({"distillation": float("nan")}, "distillation must be a number of at least 0, got nan"),
         ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
+        ({"n_features": 0}, "n_features must be at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
