@@ -97,6 +97,8 @@ def _check_names(path: Path, node: MappingNode, prefix: str, seen: set[str]) -> 
     """Refuse a key that is given with dots as well as in its section."""
     for key, value in node.value:
         name = f"{prefix}{key.value}"
+        if key.tag == _MERGE:
+            continue
         if isinstance(value, MappingNode):
             _check_names(path, value, f"{name}.", seen)
         elif name in seen:

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a run that failed, 2 for wrong usage, 130 if interrupted, 143 if ended by SIGTERM.
     """
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        with ending_together():
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it ends
@@ -87,7 +88,7 @@ def _run(words: list[str]) -> int:
                 from lit_rebasin.cli.fit import run_fit as run
             else:
                 from lit_rebasin.cli.benchmark import run_benchmark as run
-        with _quiet_threads(), ending_together(), interrupted_by_sigterm():
+        with _quiet_threads(), interrupted_by_sigterm():
             run(words[1:])
     except TerminatedError as error:
         return ended_by_sigterm(words[0], error)
