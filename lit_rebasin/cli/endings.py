@@ -33,9 +33,10 @@ def ended_by_sigterm(command: str, error: BaseException) -> int:
 
 
 @contextmanager
-def leaving_on_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, where native code, such as torch's as it is imported, would turn it into an abort."""
-    with _handled_by(signal.SIGINT, lambda *_: os._exit(fail("interrupted", 130))):
+def leaving_at_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process at once, where native code, such as torch's as it is imported, would turn them into an abort."""
+    interrupted = _handled_by(signal.SIGINT, lambda *_: os._exit(fail("interrupted", 130)))
+    with interrupted, _handled_by(signal.SIGTERM, lambda *_: os._exit(fail("ended by SIGTERM", 143))):
         yield
 
 

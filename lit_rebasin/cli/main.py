@@ -14,7 +14,7 @@ from lit_rebasin.cli.endings import (
     ended_by_sigterm,
     fail,
     interrupted_by_sigterm,
-    leaving_on_interrupt,
+    leaving_at_once,
 )
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.suggestions import did_you_mean
@@ -73,7 +73,7 @@ def _run(words: list[str]) -> int:
         sys.path.append(here)
     try:
         _check_words(words[0], words[1:])
-        with leaving_on_interrupt():
+        with leaving_at_once():
             if words[0] == "inspect":
                 from lit_rebasin.cli.inspect import run_inspect as run
             elif words[0] == "align":

@@ -224,7 +224,10 @@ def test_null_in_the_yaml_file(tmp_path, capsys, key):
     assert f"error: {key} " in capsys.readouterr().err
 
 
-def test_ctrl_c_during_the_imports_is_one_line():
+@pytest.mark.parametrize(
+    ("number", "code", "says"), [(signal.SIGINT, 130, b"interrupted"), (signal.SIGTERM, 143, b"ended by SIGTERM")]
+)
+def test_a_signal_during_the_imports_is_one_line(number, code, says):
     script = (
         "import sys, signal; from lit_rebasin.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "print(1, flush=True); sys.exit(main(['fit']))"
@@ -232,9 +235,9 @@ def test_ctrl_c_during_the_imports_is_one_line():
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
-        assert process.stderr.read() == b"lit-rebasin: error: interrupted\n"
+        process.send_signal(number)
+        assert process.wait() == code
+        assert process.stderr.read() == b"lit-rebasin: error: " + says + b"\n"
 
 
 def test_help_and_version(capsys):
