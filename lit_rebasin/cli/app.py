@@ -160,8 +160,8 @@ class ContinualCLI(LightningCLI):
     def _check_arguments(self) -> None:
         """Say what classes refuse before any run, also one that does without them."""
         for name in ("method", "output_dir"):  # null is any type's to the parser
-            if self.config[name] is None:
-                raise UsageError(f"{name} must be a text, got null")
+            if not self.config[name]:
+                raise UsageError(f"{name} must be a text, got {'null' if self.config[name] is None else 'nothing'}")
         check_amounts(self.config.trainer)
         RebasinMerge(**self.config.merge.as_dict())
         names = ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")
@@ -194,6 +194,10 @@ class ContinualCLI(LightningCLI):
         except (TypeError, OverflowError) as error:  # of a class that does not look at its arguments
             about = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(f"an argument of model, data, merge or a callback is of a wrong kind: {about}") from error
+        except (LookupError, AttributeError, AssertionError, ArithmeticError) as error:  # of a user's class
+            raise UsageError(
+                f"what model, data, merge or a callback names cannot be made: {type(error).__name__}: {error}"
+            ) from error
         return made
 
     def strategy_options(self, method: str) -> dict[str, Any]:

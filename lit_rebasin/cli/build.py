@@ -153,10 +153,13 @@ def _check_network(model: ContinualClassifier, data: ContinualDataModule) -> Non
     try:
         with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
             model(x, tasks)
-    except RuntimeError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the user's code does
         shape = " x ".join(map(str, data.input_shape))
+        kind = "" if isinstance(error, RuntimeError) and str(error) else f"{type(error).__name__} "
         raise UsageError(
-            f"model.backbone does not take images of {shape}, as {data.stream.name} has: {error}"
+            f"model.backbone does not take images of {shape}, as {data.stream.name} has: {kind}{error}"
         ) from error
     try:
         model.optimizer(model.parameters())

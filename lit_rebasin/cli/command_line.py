@@ -20,6 +20,7 @@ from lit_rebasin.cli.suggestions import did_you_mean
 PICTURES = (".png", ".svg", ".pdf")
 
 # Of the methods' own arguments, those that have an option of another name, are no word, or belong to one that is none.
+_LARGEST_SEED = 2**63 - 1
 _NOT_WORDS = {"method", "init", "seed", "evaluate", "schedule"}
 
 
@@ -57,8 +58,11 @@ def parse(command: str, words: Sequence[str], parser: argparse.ArgumentParser) -
         options, others = parser.parse_known_args(own)
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
-    if options.seed < 0:
-        raise UsageError(f"seed must be at least 0, got {options.seed}")
+    if not 0 <= options.seed <= _LARGEST_SEED:
+        raise UsageError(f"seed must be from 0 to {_LARGEST_SEED}, got {options.seed}")
+    for name, value in vars(options).items():
+        if value == "":
+            raise UsageError(f"--{name} needs a value")
     options.checkpoints = [word for word in others if not word.startswith("-")]
     unknown = [word for word in others if word.startswith("-") and word != "--help"]
     if unknown:

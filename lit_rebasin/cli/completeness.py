@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lit_rebasin.cli.errors import UsageError
 
+_MOST = 2**31 - 1
+
 
 def check_amounts(options: Mapping[str, Any]) -> None:
     """Raise a `UsageError` for amounts with which Lightning would divide by zero, or train nothing without a word."""
@@ -15,6 +17,8 @@ def check_amounts(options: Mapping[str, Any]) -> None:
         amount = options[name]
         if isinstance(amount, int | float) and not amount > 0:
             raise UsageError(f"trainer.{name} must be above 0, got {amount}")
+        if isinstance(amount, int | float) and amount > _MOST:
+            raise UsageError(f"trainer.{name} must be at most {_MOST}, got {amount}")
     clip = options["gradient_clip_val"]
     if clip is not None and not 0 <= clip < inf:
         raise UsageError(f"trainer.gradient_clip_val must be a finite number of at least 0, got {clip}")

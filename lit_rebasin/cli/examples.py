@@ -1,9 +1,7 @@
 """Examples of a user's ``.npz``, in batches as the network takes them."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.merging.data import evaluating
+from lit_rebasin.merging.npz_file import read_npz
+
+_LARGEST = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,24 @@ def read_examples(file: str, batch_size: int, dtype: torch.dtype, seed: int) -> 
     Raises:
         UsageError: If the file cannot be read, or an array is missing or does not fit.
     """
-    arrays = _arrays(file)
+    if not Path(file).is_file():
+        raise UsageError(f"there is no file {file} for --data")
+    try:
+        arrays, names = read_npz(file, ("x", "y"))
+    except ValueError as error:
+        raise UsageError(f"--data {error}") from None
     if "x" not in arrays:
-        raise UsageError(f"--data {file} lacks the array x; it holds {', '.join(arrays) or 'nothing'}")
+        raise UsageError(f"--data {file} lacks the array x; it holds {', '.join(names) or 'nothing'}")
     for name, array in arrays.items():
-        if name in ("x", "y") and (array.dtype.kind not in "biuf" or not np.isfinite(array).all()):
-            raise UsageError(f"--data {file}: {name} must hold finite numbers")
+        if not np.isfinite(array).all() or (array.dtype.kind == "u" and array.size and array.max() > _LARGEST):
+            raise UsageError(f"--data {file}: {name} must hold finite numbers, whole ones up to {_LARGEST}")
     inputs, labels = arrays["x"], arrays.get("y")
     if inputs.ndim == 0 or len(inputs) == 0:
         raise UsageError(f"--data {file}: x holds no examples")
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     columns = [torch.from_numpy(inputs).to(dtype if inputs.dtype.kind == "f" else torch.int64)[order]]
+    if not columns[0].isfinite().all():
+        raise UsageError(f"--data {file}: x holds numbers that {dtype} of the network does not")
     if labels is not None:
         if labels.dtype.kind not in "iu" or labels.ndim == 0 or len(labels) != len(inputs) or labels.min() < 0:
             raise UsageError(f"--data {file}: y must hold one class index for each of the {len(inputs)} examples of x")
@@ -87,13 +95,3 @@ def loss_and_accuracy(network: nn.Module, examples: Examples) -> tuple[float, fl
             correct += int((output.argmax(1) == labels).sum())
             count += labels.numel()
     return loss / count, correct / count
-
-
-def _arrays(file: str) -> dict[str, Any]:
-    if not Path(file).is_file():
-        raise UsageError(f"there is no file {file} for --data")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, EOFError, OSError, AttributeError, ValueError) as error:
-        raise UsageError(f"--data {file} is not a readable .npz of numbers: {error}") from None

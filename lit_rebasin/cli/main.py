@@ -31,6 +31,10 @@ FOREIGN_OPTIONS = {
         "--parallel_tasks": "it belongs to benchmark",
         "--processes": "it belongs to benchmark",
     },
+    "sweep": {
+        "--resume": "the same command goes on by itself",
+        "--overwrite": "choose another --output_dir to begin anew",
+    },
     "benchmark": {"--method": "use --methods", "--seed_everything": "use --seeds", "--ckpt_path": "it belongs to fit"},
 }
 

@@ -120,7 +120,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         raise UsageError(str(error)) from None
     if not options.vary:
         raise UsageError("sweep needs what to vary, such as --vary merge.alpha=0.5,0.7,0.9")
-    if options.output_dir is None:
+    if not options.output_dir:
         raise UsageError("sweep needs --output_dir, where its trials are kept and looked for")
     if options.processes < 1 or (options.trials is not None and options.trials < 1):
         raise UsageError("--processes and --trials must be at least 1")
@@ -145,8 +145,8 @@ def _choices(options: Namespace) -> list[dict[str, str]]:
         if key in grid:
             raise UsageError(f"--vary names {key} twice; put all its values into one")
         grid[key] = _listed(text, values) if values.startswith("[") else values.split(",")
-        if "" in grid[key] or len(set(grid[key])) < len(grid[key]):
-            raise UsageError(f"--vary {text}: a value is empty, or there twice")
+        if not grid[key] or "" in grid[key] or len(set(grid[key])) < len(grid[key]):
+            raise UsageError(f"--vary {text}: a value is empty, or there twice, or there is none")
     every = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
     if options.trials is None or options.trials >= len(every):
         return every

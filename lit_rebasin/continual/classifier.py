@@ -141,9 +141,14 @@ class ContinualClassifier(LightningModule):
 
     def _logits(self, output: Tensor) -> Tensor:
         n_classes = int(self.hparams["n_classes"])
-        if output.ndim != 2 or output.shape[1] != n_classes:
+        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] != n_classes:
+            found = (
+                f"outputs of shape {tuple(output.shape)}"
+                if isinstance(output, Tensor)
+                else f"a {type(output).__name__}"
+            )
             raise ValueError(
-                f"The backbone {type(self.backbone).__name__} returns outputs of shape {tuple(output.shape)}, but the stream has n_classes="
+                f"The backbone {type(self.backbone).__name__} returns {found}, but the stream has n_classes="
                 f"{n_classes}: let it return one output a class, or pass n_features=<width of its output> to have a head put on it."
             )
         return output

@@ -1,7 +1,6 @@
 """Read whole data sets into tensors."""
 
 import gzip
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import datasets
+
+from lit_rebasin.merging.npz_file import read_npz
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,11 @@ def load_npz(path: str | None) -> Arrays:
         )
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}; data_dir of the benchmark 'arrays' is the path of an .npz.")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a readable .npz.")
     keys = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file]
-            if missing:
-                raise ValueError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(file.files)}.")
-            found = {key: _numbers(file, key, path) for key in keys}
-    except (zipfile.BadZipFile, EOFError, OSError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable .npz: {error}") from None
+    found, names = read_npz(path, keys)
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(names) or 'nothing'}.")
     images = {part: _images(found[f"x_{part}"], f"x_{part}", path) for part in ("train", "test")}
     labels = {part: _labels(found[f"y_{part}"], f"y_{part}", path) for part in ("train", "test")}
     for part in ("train", "test"):
@@ -128,13 +123,6 @@ def load_npz(path: str | None) -> Arrays:
             f"{path}: y_test holds class {int(labels['test'].max())}, beyond the largest of y_train, {int(labels['train'].max())}."
         )
     return Arrays(images["train"], labels["train"], images["test"], labels["test"])
-
-
-def _numbers(file: np.lib.npyio.NpzFile, key: str, path: str) -> np.ndarray:
-    try:
-        return file[key]
-    except ValueError:  # NumPy would have to unpickle it
-        raise ValueError(f"{path}: {key} is an array of Python objects; save it as one array of numbers.") from None
 
 
 def _images(x: np.ndarray, key: str, path: str) -> Tensor:

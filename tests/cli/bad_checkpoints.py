@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import zipfile
 
 import numpy as np
 import torch
@@ -176,6 +177,31 @@ CONTENTS = [
     BadInput("a network of a width in words", all_of(networks, _hyper(width="wide")), MERGE, "width|cannot be made"),
 ]
 
+
+def _damaged(place):
+    """Change bytes of what is compressed."""
+    path = place.folder / "d.npz"
+    np.savez_compressed(path, x=np.random.default_rng(0).normal(size=(50, 6)))
+    content = bytearray(path.read_bytes())
+    content[55] = 0xFF  # behind the names; no block of deflate begins so
+    path.write_bytes(content)
+
+
+def _member(content):
+    """Write an archive with something for x."""
+
+    def prepare(place):
+        with zipfile.ZipFile(place.folder / "d.npz", "w") as archive:
+            archive.writestr("x.npy", content)
+
+    return prepare
+
+
+def _header_of(shape):
+    said = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(1007) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(said).to_bytes(2, "little") + said
+
+
 DATA = [
     BadInput(
         f"examples for merge that are {name}",
@@ -196,7 +222,27 @@ DATA = [
         ),
         ("a plain pickle with code", planted("d.npz"), "d.npz is not a readable .npz"),
         ("NaN", arrays("d.npz", x=np.full((5, 6), np.nan)), "d.npz: x must hold finite numbers"),
-        ("words", arrays("d.npz", x=np.array(["a", "b"])), "d.npz: x must hold finite numbers"),
+        (
+            "words",
+            arrays("d.npz", x=np.array(["a", "b"])),
+            "d.npz is not a readable .npz of numbers: x must hold numbers",
+        ),
+        ("damaged within", _damaged, "d.npz is not a readable .npz of numbers: Error -3 while decompressing"),
+        ("a text for an array", _member(b"hello"), "d.npz is not a readable .npz of numbers: x must hold numbers"),
+        ("nothing for an array", _member(b""), "d.npz is not a readable .npz of numbers"),
+        ("an array without end", _member(_header_of(f"({10**22}, 6)")), "d.npz is not a readable .npz of numbers"),
+        ("an array beyond memory", _member(_header_of(f"({10**12}, 6)")), "d.npz is not a readable .npz of numbers"),
+        ("a header without end", _member(_header_of("(" * 900)), "d.npz is not a readable .npz of numbers"),
+        (
+            "labels beyond int64",
+            arrays("d.npz", x=np.ones((5, 6)), y=np.array([2**64 - 1] * 5, np.uint64)),
+            "y must hold finite numbers, whole ones up to 9223372036854775807",
+        ),
+        (
+            "numbers beyond float32",
+            arrays("d.npz", x=np.full((5, 6), 1e300)),
+            "numbers that torch.float32 of the network does not",
+        ),
         ("of another shape", arrays("d.npz", x=np.ones((5, 7))), "does not run on x of d.npz"),
         (
             "labels of another count",

@@ -172,6 +172,11 @@ NUMBERS = [
     _words(
         "a clipping of no number", ["--trainer.gradient_clip_val=.nan"], "gradient_clip_val must be a finite number"
     ),
+    _words(
+        "accumulation without end",
+        [f"--trainer.accumulate_grad_batches={10**24}"],
+        "trainer.accumulate_grad_batches must be at most 2147483647, got 10",
+    ),
     _words("tasks without end", [f"--data.n_tasks={10**20}"], "n_tasks must be at most 100000, got 10"),
     _words("a batch without end", [f"--data.batch_size={10**100}"], "batch_size must be at most 2147483647, got 10"),
     _words("a width below 0", ["--model.backbone.hidden_size=-4"], "negative dimension -4"),
@@ -179,7 +184,23 @@ NUMBERS = [
     _words(
         "a precision without its package", ["--trainer.precision=transformer-engine"], "trainer: .*transformer_engine"
     ),
-    BadInput("a seed of merge below 0", networks, [*MERGE, "--seed=-1"], "seed must be at least 0, got -1"),
+    BadInput("a seed of merge below 0", networks, [*MERGE, "--seed=-1"], "seed must be from 0 to .*, got -1"),
+    BadInput(
+        "a seed of merge without end", networks, [*MERGE, f"--seed={2**64}"], "seed must be from 0 to .*, got 18446"
+    ),
+    _words(
+        "nothing to vary",
+        ["--vary", "model.optimizer.lr=[]"],
+        "a value is empty, or there twice, or there is none",
+        SWEEP,
+    ),
+    _words(
+        "a sweep that is told to go on", ["--resume"], "sweep has no option --resume; the same command goes on", SWEEP
+    ),
+    _words("nothing for a folder", ["--output_dir="], "output_dir must be a text, got nothing"),
+    _words("nothing for a folder of a sweep", ["--output_dir="], "sweep needs --output_dir", SWEEP),
+    BadInput("an empty method of merge", networks, [*MERGE, "--method="], "--method needs a value"),
+    BadInput("an empty choice of statistics", networks, [*MERGE, "--statistics="], "--statistics needs a value"),
     _words("threads in words", ["--threads=two"], "threads must be a whole number or null, got two"),
     _words("processes below 1", ["--processes=0"], "processes must be at least 1, got 0", BENCHMARK),
     _words("a seed below 0", ["--seed_everything=-1"], "seed_everything: -1 is not in bounds"),
@@ -196,6 +217,44 @@ NUMBERS = [
     _words(
         "devices that there are not", ["--trainer.devices=-7"], "trainer: `devices` selected .* should be an int > 0"
     ),
+]
+
+_NET = """import torch
+
+class {name}(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+{begins}
+
+    def forward(self, x{second}):
+        out = super().forward(x.flatten(1))
+{ends}
+        return out
+"""
+
+
+def _network(name, says, begins="", second="", ends=""):
+    """Name a network of a file beside, one a row, for Python imports a module once."""
+    module = f"net_{name.lower()}"
+    indented = {key: f"        {line}" for key, line in {"begins": begins, "ends": ends}.items()}
+    code = _NET.format(name=name, second=second, **indented)
+    words = [word for word in FIT if not word.startswith("--model.backbone")]
+    return BadInput(
+        f"a network {name}", text(f"{module}.py", code), [*words, f"--model.backbone={module}.{name}"], says
+    )
+
+
+NETWORKS = [
+    _network("OfTwo", "does not take images of 1 x 8 x 8, .*: TypeError .*'second'", second=", second"),
+    _network(
+        "OfTuples", "The backbone OfTuples returns a tuple, but the stream has n_classes=10", ends="return out, out"
+    ),
+    _network("OfNothing", "The backbone OfNothing returns a NoneType", ends="return None"),
+    _network("OfKeys", "does not take images of 1 x 8 x 8, .*: KeyError 'colour'", ends="raise KeyError('colour')"),
+    _network("Unasked", "does not take images .*: NotImplementedError", ends="raise NotImplementedError"),
+    _network("Unmade", "cannot be made: KeyError: 'colour'", begins="raise KeyError('colour')"),
+    _network("Divided", "cannot be made: ZeroDivisionError", begins="1 / 0"),
+    _network("Ended", r"has ended with SystemExit\(0\)", begins="raise SystemExit(0)"),
 ]
 
 NAMES = [
@@ -358,4 +417,4 @@ NAMES = [
     _words("a key of a sweep", ["--vary", "merge.alhpa=0.1"], "merge.alhpa; did you mean --merge.alpha", SWEEP),
 ]
 
-ROWS = [*FILES, *NUMBERS, *NAMES]
+ROWS = [*FILES, *NUMBERS, *NETWORKS, *NAMES]

@@ -148,7 +148,7 @@ ARRAYS = [
             arrays("d.npz", **{**_WHOLE, "x_train": np.full((20, 8, 8), np.nan)}),
             "x_train holds NaN or infinity",
         ),
-        ("of words", arrays("d.npz", **{**_WHOLE, "x_train": np.array(["a"] * 20)}), "x_train must be images"),
+        ("of words", arrays("d.npz", **{**_WHOLE, "x_train": np.array(["a"] * 20)}), "x_train must hold numbers"),
         (
             "of nothing",
             arrays("d.npz", **{name: value[:0] for name, value in _WHOLE.items()}),

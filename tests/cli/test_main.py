@@ -161,7 +161,7 @@ def test_task_incremental_stream_gets_a_head_a_task(tmp_path, fake_mnist):
         (["--seeds", "1,1"], "seeds must be different"),
         (["--seeds", "-1"], "seeds must be different whole numbers from 0"),
         (["--seeds", "4294967296"], "seeds must be different whole numbers from 0 to 4294967295"),
-        (["--threads", "0"], "threads must be at least 1"),
+        (["--threads", "0"], "threads must be from 1 to 1024"),
         (["--merge.alpha", "1.5"], r"alpha is the weight of the previous model and must lie in \[0, 1\], got 1.5"),
         (["--data.replay_per_class", "0"], "replays examples, but data.replay_per_class is 0"),
         (["--data.benchmark", "rotated-minst"], "benchmark must be one of rotated-digits"),
