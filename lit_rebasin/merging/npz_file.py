@@ -23,9 +23,10 @@ def read_npz(path: str, wanted: Collection[str]) -> tuple[dict[str, Any], list[s
     if not Path(path).is_file():
         raise ValueError(f"{path} is no file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name; save it with numpy.savez")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array without a name; save it with numpy.savez")
+        with archive:
             return {name: _numbers(archive, name) for name in archive.files if name in wanted}, archive.files
     except Exception as error:  # whatever the bytes of a file of another kind lead to
         about = next(iter(str(error).splitlines()), "") or type(error).__name__
