@@ -16,6 +16,9 @@ _GOES_ON = {
 }
 
 
+_AGAIN = 0.05  # seconds until a signal that was lost is sent once more
+
+
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM, which ends what is under way as Ctrl-C does."""
 
@@ -41,14 +44,34 @@ def leaving_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Raise a `TerminatedError` on SIGTERM."""
+def interrupted_by_signals() -> Iterator[None]:
+    """Raise a KeyboardInterrupt on Ctrl-C and a `TerminatedError` on SIGTERM, and end the process at once on a second one.
+
+    Python swallows what is raised while it frees objects, in callbacks of weak references; the signal is then sent once more.
+    """
+    raised = {KeyboardInterrupt: signal.SIGINT, TerminatedError: signal.SIGTERM}
+    heard: set[int] = set()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise TerminatedError
+        if number in heard:
+            os._exit(fail("interrupted", 130) if number == signal.SIGINT else fail("ended by SIGTERM", 143))
+        heard.add(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError
 
-    with _handled_by(signal.SIGTERM, interrupt):
-        yield
+    def swallowed(unraisable: Any) -> None:
+        number = raised.get(unraisable.exc_type)
+        if number is None:
+            before(unraisable)
+            return
+        heard.discard(number)
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
+
+    before, sys.unraisablehook = sys.unraisablehook, swallowed
+    try:
+        with _handled_by(signal.SIGINT, interrupt), _handled_by(signal.SIGTERM, interrupt):
+            yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lit_rebasin.cli.endings import (
     TerminatedError,
     ended_by_sigterm,
     fail,
-    interrupted_by_sigterm,
+    interrupted_by_signals,
     leaving_at_once,
 )
 from lit_rebasin.cli.errors import UsageError
@@ -92,7 +92,7 @@ def _run(words: list[str]) -> int:
                 from lit_rebasin.cli.fit import run_fit as run
             else:
                 from lit_rebasin.cli.benchmark import run_benchmark as run
-        with _quiet_threads(), interrupted_by_sigterm():
+        with _quiet_threads(), interrupted_by_signals():
             run(words[1:])
     except TerminatedError as error:
         return ended_by_sigterm(words[0], error)

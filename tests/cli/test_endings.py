@@ -129,3 +129,52 @@ def test_a_kill_ends_the_processes_of_all_devices(tmp_path, delay):
         finally:
             for left in of_session(process.pid):
                 os.kill(left, signal.SIGKILL)
+
+
+LOSES = """
+import gc, os, signal, sys, time, weakref
+from lit_rebasin.cli import main
+import lit_rebasin.cli.report_command as command
+
+class Freed:
+    pass
+
+def run(words):
+    freed = Freed()
+    kept = weakref.ref(freed, lambda _: (os.kill(os.getpid(), {number}), time.sleep(0.01)))
+    del freed  # its callback loses what the handler raises
+    print("went on", flush=True)
+    time.sleep(20)
+
+command.run_report = run
+sys.exit(main(["report", "x"]))
+"""
+TWICE = """
+import os, sys, time
+from lit_rebasin.cli import main
+import lit_rebasin.cli.report_command as command
+
+def run(words):
+    try:
+        os.kill(os.getpid(), {number})
+        time.sleep(20)
+    finally:
+        os.kill(os.getpid(), {number})
+        time.sleep(20)
+
+command.run_report = run
+sys.exit(main(["report", "x"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("code", "out"), [(LOSES, "went on\n"), (TWICE, "")], ids=["lost", "twice"])
+def test_a_signal_that_python_loses_or_that_comes_twice_ends_the_command(number, code, out):
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code.format(number=int(number))], capture_output=True, text=True)
+    assert time.monotonic() - begin < 15
+    exit_code, says = SAYS[number]
+    assert done.returncode == exit_code
+    assert done.stdout == out
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"lit-rebasin: error: {says}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 
 class Net(nn.Sequential):
-    "The third network that is made fails when it is called."
+    "The third network that is made fails when it is called, of a fault when it is trained."
 
     def __init__(self, note, error):
         super().__init__(nn.Flatten(), nn.Linear(64, 10))
@@ -25,7 +25,7 @@ class Net(nn.Sequential):
         self.error = error if len(note.read_text()) == 3 else None
 
     def forward(self, x):
-        if self.error:
+        if self.error and (self.training or self.error != "fault"):
             raise {"Ctrl-C": KeyboardInterrupt, "error": RuntimeError, "fault": TypeError}[self.error]("bang")
         return super().forward(x)
 """
