@@ -31,8 +31,9 @@ def fail(message: str, code: int, error: BaseException | None = None) -> int:
 
 
 def ended_by_sigterm(command: str, error: BaseException) -> int:
-    """Print what has ended the command, and how to go on, and return the exit code."""
-    return fail(f"ended by SIGTERM, as machines that are taken away send it{_GOES_ON.get(command, '')}", 143, error)
+    """Print what has ended the command, and how to go on if the error does not say it, and return the exit code."""
+    goes_on = "" if getattr(error, "__notes__", None) else _GOES_ON.get(command, "")
+    return fail(f"ended by SIGTERM, as machines that are taken away send it{goes_on}", 143, error)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ FOREIGN_OPTIONS = {
     },
     "benchmark": {"--method": "use --methods", "--seed_everything": "use --seeds", "--ckpt_path": "it belongs to fit"},
 }
+_SECTIONS = ("--trainer", "--model", "--data", "--merge")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,6 +137,10 @@ def _check_words(command: str, words: Sequence[str]) -> None:
         hint = FOREIGN_OPTIONS.get(command, {}).get(option.removesuffix("+"))
         if hint:
             raise UsageError(f"{command} has no option {option}; {hint}")
+        if command in ("fit", "benchmark", "sweep") and option in _SECTIONS and not value.lstrip().startswith("{"):
+            raise UsageError(
+                f"{option} is a section: give its keys, as in {option}.KEY=VALUE, or a file of all with --config"
+            )
         if option in ("-c", "--config") and not Path(value).is_file():
             raise UsageError(f"there is no configuration file {value}" if value else f"{option} needs a file")
 

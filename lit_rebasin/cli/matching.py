@@ -53,12 +53,23 @@ class Setting:
         return self.examples.batches if self.examples is not None and self.examples.labelled else None
 
     def as_written(self, network: nn.Module, index: int) -> dict[str, Any]:
-        """Return the state dict of a network in the dtypes of a checkpoint."""
+        """Return the state dict of a network in the dtypes of a checkpoint.
+
+        Raises:
+            ValueError: If a tensor is not finite in it, as those of all checkpoints are.
+        """
         dtypes = self.dtypes[index]
-        return {
+        written = {
             name: value.detach().to(dtypes[name]) if isinstance(value, Tensor) else value
             for name, value in network.state_dict().items()
         }
+        for name in dict(network.named_parameters()).keys() & written.keys():
+            if not written[name].isfinite().all():
+                raise ValueError(
+                    f"{name!r} comes to NaN or infinity in {written[name].dtype}, so nothing is written; the weights of "
+                    f"{', '.join(self.files)} are too large, or too unlike"
+                )
+        return written
 
 
 def prepare(command: str, words: Words) -> Setting:

@@ -178,7 +178,11 @@ def read_torch(file: str, opened: IO[bytes] | None = None) -> dict[str, Any]:
 def _check_is_file(file: str) -> None:
     """Refuse what is neither a file nor a folder, such as a pipe, from which a read might never come back."""
     place = Path(file)
-    if place.exists() and not place.is_file() and not place.is_dir():
+    try:
+        is_other = place.exists() and not place.is_file() and not place.is_dir()
+    except OSError as error:  # in a folder that is closed
+        raise _unreadable(file, error) from None
+    if is_other:
         raise CheckpointError(f"checkpoint {file} cannot be read: it is no file")
 
 

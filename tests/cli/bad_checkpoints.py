@@ -254,4 +254,33 @@ DATA = [
 ]
 
 
-ROWS = [*FORMATS, *SAFETENSORS, *CONTENTS, *DATA]
+def _times(factor, dtype=torch.float32):
+    """Write two networks with large weights, of either sign."""
+
+    def prepare(place):
+        for name, sign in {"a.pt": 1, "b.pt": -1}.items():
+            save(
+                {key: torch.full_like(t, sign * factor, dtype=dtype) for key, t in drawn(0).state_dict().items()},
+                place.folder / name,
+            )
+
+    return prepare
+
+
+LARGE = [
+    BadInput(
+        f"checkpoints whose merge is {name}",
+        all_of(networks, prepare),
+        MERGE,
+        "comes to NaN or infinity in torch.float32",
+        1,
+    )
+    for name, prepare in {
+        "infinite": _times(3e38),
+        "beyond the numbers of one": all_of(
+            _times(1e300, torch.float64), lambda place: save(drawn(1).state_dict(), place.folder / "b.pt")
+        ),
+    }.items()
+]
+
+ROWS = [*LARGE, *FORMATS, *SAFETENSORS, *CONTENTS, *DATA]

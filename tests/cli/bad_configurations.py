@@ -199,6 +199,15 @@ NUMBERS = [
     ),
     _words("nothing for a folder", ["--output_dir="], "output_dir must be a text, got nothing"),
     _words("nothing for a folder of a sweep", ["--output_dir="], "sweep needs --output_dir", SWEEP),
+    *(
+        BadInput(
+            f"a file for {section}",
+            text("s.yaml", "alpha: 0.1\nalpha: 0.9\n"),
+            [*FIT, section, "s.yaml"],
+            f"{section} is a section",
+        )
+        for section in ("--merge", "--model", "--data", "--trainer")
+    ),
     BadInput("an empty method of merge", networks, [*MERGE, "--method="], "--method needs a value"),
     BadInput("an empty choice of statistics", networks, [*MERGE, "--statistics="], "--statistics needs a value"),
     _words("threads in words", ["--threads=two"], "threads must be a whole number or null, got two"),
