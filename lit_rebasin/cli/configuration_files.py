@@ -51,6 +51,10 @@ def check_file(path: Path) -> None:
             f"configuration {path} holds {kind}, but must be keys with values, such as data: {{n_tasks: 5}}"
         )
     for key, value in root.value:
+        if key.value == "config":
+            raise _at(
+                path, key.start_mark, "config names another file, which is not looked into; give each with --config"
+            )
         if key.value in _SECTIONS and not isinstance(value, MappingNode):
             raise _at(
                 path, key.start_mark, f"{key.value} must be keys with values, such as {key.value}: {{KEY: VALUE}}"

@@ -1,13 +1,14 @@
 """One method under many settings, measured on training data that is held back."""
 
-import itertools
 import json
 import random
+import shlex
 from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,11 +19,14 @@ from rich.table import Table
 
 from lit_rebasin.cli.app import ContinualCLI, hush
 from lit_rebasin.cli.checks import check_benchmark
+from lit_rebasin.cli.configuration_files import named_files
 from lit_rebasin.cli.errors import UsageError
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.output_folder import output_folder
 from lit_rebasin.cli.report import cell, write_text
 from lit_rebasin.cli.workers import Commands
+
+_MOST_TRIALS = 10_000  # each is checked before the first is run
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,22 @@ def _choices(options: Namespace) -> list[dict[str, str]]:
         grid[key] = _listed(text, values) if values.startswith("[") else values.split(",")
         if not grid[key] or "" in grid[key] or len(set(grid[key])) < len(grid[key]):
             raise UsageError(f"--vary {text}: a value is empty, or there twice, or there is none")
-    every = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
-    if options.trials is None or options.trials >= len(every):
-        return every
-    return random.Random(options.draw_seed).sample(every, options.trials)
+    count = prod(map(len, grid.values()))
+    if min(count, options.trials or count) > _MOST_TRIALS:
+        raise UsageError(f"--vary has {count} combinations; draw at most {_MOST_TRIALS} of them with --trials")
+    numbers: Sequence[int] = range(count)
+    if options.trials is not None and options.trials < count:
+        numbers = random.Random(options.draw_seed).sample(numbers, options.trials)
+    return [_combination(grid, number) for number in numbers]
+
+
+def _combination(grid: Mapping[str, Sequence[str]], number: int) -> dict[str, str]:
+    """Return the combination of a number, of which the last key runs fastest."""
+    chosen: dict[str, str] = {}
+    for key, values in reversed(list(grid.items())):
+        number, index = divmod(number, len(values))
+        chosen[key] = values[index]
+    return {key: chosen[key] for key in grid}
 
 
 def _listed(text: str, values: str) -> list[str]:
@@ -249,7 +265,7 @@ def _table(rows: Sequence[Mapping[str, Any]], method: str) -> Table:
 def _write(
     folder: Path, method: str, rows: Sequence[Mapping[str, Any]], options: Namespace, arguments: Sequence[str]
 ) -> None:
-    command = " ".join(["lit-rebasin sweep", *arguments])
+    command = shlex.join(["lit-rebasin", "sweep", *arguments])
     kept = {
         "method": method,
         "seeds": options.seeds,
@@ -262,8 +278,7 @@ def _write(
 
 def _texts(words: Sequence[str]) -> list[str]:
     """Return what the configuration files say."""
-    paths = [Path(word.rpartition("=")[2]) for word in words if word.endswith((".yaml", ".yml", ".json"))]
-    return [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+    return [path.read_text(encoding="utf-8") for path in named_files(words)]
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -33,6 +33,7 @@ FILES = [
         "a duplicate section", "data: {n_tasks: 2}\nmodel: {}\ndata: {n_tasks: 3}\n", "c.yaml, line 3: .*'data' twice"
     ),
     _yaml("a duplicate key", "data:\n  n_tasks: 2\n  n_tasks: 3\n", "c.yaml, line 3: .*'n_tasks' twice"),
+    _yaml("another file", "config: d.yaml\n", "c.yaml, line 1: config names another file"),
     _yaml("a set", "data: !!set {a, b}\n", "c.yaml, line 1: the tag set is not for a configuration"),
     _yaml(
         "a key with dots and in its section",

@@ -214,3 +214,33 @@ def test_classes_of_a_method_reach_its_trials(tmp_path, monkeypatch):
     given = json.loads(commands[0][-1].removeprefix("--per_method="))
     assert given["average"]["data.replay_transform"]["class_path"] == "lit_rebasin.RandomShift"
     assert given["average"]["merge.alpha"] == 0.5
+
+
+def test_a_draw_of_endless_combinations_lists_none_of_the_others(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", lambda trial, *_: seen.append(dict(trial.settings)))
+    keys = [
+        "merge.alpha",
+        "merge.margin",
+        "model.optimizer.lr",
+        "model.distillation",
+        "model.temperature",
+    ]
+    vary = [word for key in keys for word in ("--vary", f"{key}={','.join(f'0.{n:03d}' for n in range(1, 200))}")]
+    assert sweep(tmp_path, *vary, "--trials=3") == 0
+    assert len(seen) == 3
+    assert len({tuple(settings.items()) for settings in seen}) == 3
+    assert all([*settings] == keys for settings in seen)
+    assert sweep(tmp_path, *vary) == 2
+    assert f"--vary has {199**5} combinations; draw at most 10000 of them with --trials" in capsys.readouterr().err
+
+
+def test_a_file_of_any_name_that_has_changed_is_another_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lit_rebasin.cli.sweep._run", lambda *_: None)
+    file = tmp_path / "mine.cfg"
+    file.write_text("data: {batch_size: 10}\n")
+    words = ["--config", str(file), "--vary", "merge.alpha=0.5"]
+    assert sweep(tmp_path / "out", *words) == 0
+    file.write_text("data: {batch_size: 20}\n")
+    assert sweep(tmp_path / "out", *words) == 2
+    assert "holds trials of a sweep with other files" in capsys.readouterr().err
