@@ -53,7 +53,7 @@ class MergeSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, int | float):
             _check("alpha", self.alpha, ALPHAS, "a number in [0, 1], or ")
-        elif not 0 <= self.alpha <= 1:
+        elif isinstance(self.alpha, bool) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is the weight of the previous model and must lie in [0, 1], got {self.alpha}.")
         _check("method", self.method, METHODS)
         if self.cost is not None:
@@ -80,9 +80,9 @@ class MergeSettings:
                 f"An option of method {self.method!r} has a value that it cannot take: {error}."
             ) from error
         check_count("batches", self.batches)
-        if not isinstance(self.margin, int | float) or not self.margin >= 0:
+        if isinstance(self.margin, bool) or not isinstance(self.margin, int | float) or not self.margin >= 0:
             raise ValueError(f"margin must be a number of at least 0, got {self.margin!r}.")
-        if not isinstance(self.seed, int):
+        if type(self.seed) is not int:
             raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
 
     @property

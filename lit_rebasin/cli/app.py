@@ -19,7 +19,7 @@ from torch import nn
 from typing_extensions import override
 
 from lit_rebasin.callbacks import RebasinMerge
-from lit_rebasin.cli.completeness import check_amounts
+from lit_rebasin.cli.completeness import check_amounts, check_places
 from lit_rebasin.cli.configuration_files import check_file, named_files
 from lit_rebasin.cli.errors import UsageError, refusing
 from lit_rebasin.cli.methods import METHODS
@@ -163,6 +163,7 @@ class ContinualCLI(LightningCLI):
             if not self.config[name]:
                 raise UsageError(f"{name} must be a text, got {'null' if self.config[name] is None else 'nothing'}")
         check_amounts(self.config.trainer)
+        check_places(self.config.trainer)
         RebasinMerge(**self.config.merge.as_dict())
         names = ("weighting", "lr_decay", "lr_schedule", "distillation", "temperature", "mixup")
         loss = {name: self.config.model[name] for name in names}

@@ -133,11 +133,14 @@ def _build_run(
     described = yaml.safe_load(cli.parser.dump(config, skip_validation=True))
     monitor, record = ContinualMonitor(), MethodRecord(method, seed, described)
     model, merges = _learner(method, made, cli.strategy_options(method), seed)
-    logger = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
+    tensorboard = TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False)
+    given = [
+        one for one in _as_list(options.get("logger")) if one is not True
+    ]  # true is the default: TensorBoard alone
     options["callbacks"] = [*_as_list(options.get("callbacks")), *merges, monitor, record, RandomStates(), *callbacks]
     options["plugins"] = [*_as_list(options.get("plugins")), WholeCheckpointIO()]
     try:
-        trainer = pl.Trainer(**{**options, "logger": logger, "default_root_dir": folder})
+        trainer = pl.Trainer(**{**options, "logger": [tensorboard, *given], "default_root_dir": folder})
     except (TypeError, ImportError) as error:
         raise UsageError(f"trainer: {error}") from None
     if forgets(trainer):

@@ -51,7 +51,7 @@ def check_benchmark(cli: ContinualCLI) -> tuple[list[str], list[int], dict[str, 
         alone = {f"--{name}": own.config[name] > 1 for name in ("parallel_tasks", "processes")}
         check_devices(vars(own.config.trainer), alone | {f"{method}, which Avalanche runs": METHODS[method].baseline})
         check_methods([method], own.config.data.replay_per_class, "benchmark")
-        _check_options(method, own)
+        check_per_method(method, own)
         if method in baselines:
             _check_baselines(vars(own.config.trainer), baselines)
         if own.config.parallel_tasks > 1 and METHODS[method].merge is not None:
@@ -59,7 +59,7 @@ def check_benchmark(cli: ContinualCLI) -> tuple[list[str], list[int], dict[str, 
     return methods, seeds, configured
 
 
-def _check_options(method: str, cli: ContinualCLI) -> None:
+def check_per_method(method: str, cli: ContinualCLI) -> None:
     """Raise a `UsageError` for what ``per_method`` cannot say of a method."""
     for key in cli.config.per_method.get(method, {}):
         if key in PROTOCOL or key.startswith("trainer."):

@@ -12,20 +12,42 @@ _MOST = 2**31 - 1
 
 
 def check_amounts(options: Mapping[str, Any]) -> None:
-    """Raise a `UsageError` for amounts with which Lightning would divide by zero, or train nothing without a word."""
+    """Raise a `UsageError` for amounts with which Lightning would divide by zero, or that it passes over without a word."""
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval", "limit_train_batches"):
         amount = options[name]
         if isinstance(amount, int | float) and not amount > 0:
             raise UsageError(f"trainer.{name} must be above 0, got {amount}")
         if isinstance(amount, int | float) and amount > _MOST:
             raise UsageError(f"trainer.{name} must be at most {_MOST}, got {amount}")
+    for name in ("log_every_n_steps", "min_epochs", "min_steps"):
+        amount = options[name]
+        if amount is not None and amount < 0:
+            raise UsageError(f"trainer.{name} must be at least 0, got {amount}")
     clip = options["gradient_clip_val"]
     if clip is not None and not 0 <= clip < inf:
         raise UsageError(f"trainer.gradient_clip_val must be a finite number of at least 0, got {clip}")
 
 
+def check_places(options: Mapping[str, Any]) -> None:
+    """Raise a `UsageError` for places of the Trainer's that are the command's own."""
+    if options["default_root_dir"] is not None:
+        raise UsageError(
+            f"trainer.default_root_dir {options['default_root_dir']} would not be heeded: everything goes to output_dir"
+        )
+    if options["logger"] is False:
+        raise UsageError(
+            "trainer.logger false would not be heeded, as reports are read from the logs: leave it out, or give loggers to "
+            "have beside TensorBoard"
+        )
+
+
 def check_trainer(options: Mapping[str, Any], epochs_per_task: int) -> None:
-    """Raise a `UsageError` for Trainer arguments that would end a task early, or leave it without a validation."""
+    """Raise a `UsageError` for Trainer arguments that would end a task early, leave it without a validation, or mix up runs."""
+    if options["logger"] not in (None, True):
+        raise UsageError(
+            "trainer.logger would mix up the runs of a benchmark, which have TensorBoard's files each: leave it out, or use fit, a command "
+            "a run"
+        )
     every = options["check_val_every_n_epoch"]
     if every is None or epochs_per_task % every:
         raise UsageError(

@@ -89,11 +89,13 @@ def _children(node: Node) -> Iterator[Node]:
 
 def _check_keys(path: Path, node: MappingNode) -> None:
     seen = set()
-    for key, _ in node.value:
+    for key, value in node.value:
         if not isinstance(key, ScalarNode):
             raise _at(path, key.start_mark, "a key must be a word")
         if key.value in seen and key.tag != _MERGE:
             raise _at(path, key.start_mark, f"{key.value!r} twice in the same place; keep one of them")
+        if key.value == "class_path" and (not isinstance(value, ScalarNode) or value.tag != f"{_YAML}str"):
+            raise _at(path, key.start_mark, "class_path must be a text, such as torch.optim.SGD")
         seen.add(key.value)
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rebasin.cli.app import ContinualCLI, set_threads
 from lit_rebasin.cli.build import Run, build_run, log_outcome
+from lit_rebasin.cli.checks import check_per_method
 from lit_rebasin.cli.endings import sigterm_left_to_lightning
 from lit_rebasin.cli.methods import check_methods
 from lit_rebasin.cli.output_folder import output_folder
@@ -32,7 +33,9 @@ def run_fit(arguments: Sequence[str]) -> None:
     cli = ContinualCLI("fit", arguments)
     method, seed = cli.config.method, int(cli.config.seed_everything)
     check_methods([method], 1, "fit")
+    check_methods([method, *cli.config.per_method], 1, "benchmark")
     cli = cli.for_method(method)
+    check_per_method(method, cli)
     check_methods([method], cli.config.data.replay_per_class, "fit")
     set_threads(cli.config.threads)
     with output_folder(cli.config.output_dir) as output:

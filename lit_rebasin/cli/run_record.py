@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lit_rebasin.cli.app import ContinualCLI, command_line, package_versions
 from lit_rebasin.cli.build import Run
-from lit_rebasin.cli.errors import refusing
+from lit_rebasin.cli.errors import UsageError, refusing
 from lit_rebasin.cli.former import Former
 from lit_rebasin.cli.output_folder import gone_if_empty
 from lit_rebasin.cli.report import write_text
@@ -65,6 +65,7 @@ def recorded(cli: ContinualCLI, run: Run, folder: Path, former: Former | None = 
     run.trainer.callbacks.append(record)  # type: ignore[attr-defined]
     with gone_if_empty(folder / "tensorboard", folder / "checkpoints"):
         try:
+            _begin_loggers(run)
             yield record
         except BaseException as error:
             if record.is_written:
@@ -72,6 +73,15 @@ def recorded(cli: ContinualCLI, run: Run, folder: Path, former: Former | None = 
             _remove_logs(run)
             with refusing():
                 raise error
+
+
+def _begin_loggers(run: Run) -> None:
+    """Let each logger of the user's say what it lacks, such as a key of its service."""
+    for logger in run.trainer.loggers[1:]:
+        try:
+            getattr(logger, "experiment", None)
+        except Exception as error:  # of any kind that the service has
+            raise UsageError(f"{type(logger).__name__} of trainer.logger cannot begin: {error}") from error
 
 
 def _remove_logs(run: Run) -> None:

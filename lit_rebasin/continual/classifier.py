@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_rebasin.continual.single_examples import check_single_examples, is_of_single_example
+from lit_rebasin.transport.arguments import check_count, check_function, check_number
 
 
 class ContinualClassifier(LightningModule):
@@ -42,6 +43,7 @@ class ContinualClassifier(LightningModule):
     Raises:
         ValueError: If ``n_classes`` or ``n_heads`` is below 1, a number is out of range, or several heads are asked for without
             ``n_features``.
+        TypeError: If an argument is of a wrong kind.
         MisconfigurationException: In ``fit``, if there is distillation, decay or a schedule and the datamodule has no tasks, or if a task has a
             batch of one example and the backbone has BatchNorm that needs more.
     """
@@ -67,10 +69,13 @@ class ContinualClassifier(LightningModule):
         super().__init__()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone must be a torch.nn.Module, got {backbone!r}.")
-        if n_features is not None and n_features < 1:
-            raise ValueError(f"n_features must be at least 1, got {n_features}.")
-        if n_classes < 1 or n_heads < 1:
-            raise ValueError(f"n_classes and n_heads must be at least 1, got n_classes={n_classes}, n_heads={n_heads}.")
+        check_function("optimizer", optimizer, "parameters")
+        for name, number in {"lr_decay": lr_decay, "distillation": distillation, "temperature": temperature}.items():
+            check_number(name, number)
+        if n_features is not None:
+            check_count("n_features", n_features)
+        check_count("n_classes", n_classes)
+        check_count("n_heads", n_heads)
         if n_heads > 1 and n_features is None:
             raise ValueError(
                 f"n_heads={n_heads} needs n_features, the width of the backbone's output that every head reads: "

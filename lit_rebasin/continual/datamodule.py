@@ -16,6 +16,7 @@ from lit_rebasin.continual.batches import EvaluationBatches, Examples, MixedBatc
 from lit_rebasin.continual.replay import choose_replay
 from lit_rebasin.continual.streams import Stream, make_stream
 from lit_rebasin.continual.trainer_checks import check_trainer
+from lit_rebasin.transport.arguments import check_function, check_number
 
 EVALUATION_BATCH = 2048
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
@@ -58,6 +59,7 @@ class ContinualDataModule(LightningDataModule):
 
     Raises:
         ValueError: If an argument is out of range or does not fit the benchmark.
+        TypeError: If one is of a wrong kind.
     """
 
     def __init__(
@@ -87,6 +89,9 @@ class ContinualDataModule(LightningDataModule):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
             if value > most:
                 raise ValueError(f"{name} must be at most {most}, got {value}.")
+        check_number("validation_fraction", validation_fraction)
+        if replay_transform is not None:
+            check_function("replay_transform", replay_transform, "a batch of images")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}.")
         self.save_hyperparameters(ignore=["replay_transform"])

@@ -112,6 +112,10 @@ def check_tensor(name: str, value: object, *, floating: bool = False) -> None:
         raise TypeError(f"{wanted}, got {type(value).__name__}{advice}.")
     if value.is_complex() or (floating and not value.is_floating_point()):
         raise TypeError(f"{wanted}, got {value.dtype}.")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{wanted} that is dense, got {str(value.layout).removeprefix('torch.')}: to_dense() makes it so."
+        )
 
 
 def check_points(name: str, points: Tensor) -> None:

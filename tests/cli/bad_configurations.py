@@ -69,6 +69,11 @@ FILES = [
         "trainer: {callbacks: [{class_path: subprocess.Popen, init_args: {args: [mkdir, ran]}}]}\n",
         "trainer.callbacks",
     ),
+    _yaml(
+        "a number for a class",
+        "trainer: {callbacks: [{class_path: 3}]}\n",
+        "c.yaml, line 1: class_path must be a text, such as torch.optim.SGD",
+    ),
     _yaml("a key that is a list", "? [a, b]\n: 3\n", "c.yaml, line 1: .*key"),
     _yaml("itself", "data: &d\n  n_tasks: *d\n", "c.yaml, line 1: .*holds itself"),
     _yaml("a thousand million anchors", _BOMB, "c.yaml .*entries"),
@@ -96,6 +101,17 @@ FILES = [
     ),
     _yaml("per_method with a number", "per_method: 3\n", "per_method must be a mapping", BENCHMARK),
     _yaml("per_method of no method", "per_method: {magic: {merge.alpha: 1}}\n", "no method 'magic'", BENCHMARK),
+    _words("per_method of no method for fit", ['--per_method={"magic": {"merge.alpha": 1}}'], "no method 'magic'"),
+    _words(
+        "a key of per_method that is none for fit",
+        ["--method=average", '--per_method={"average": {"lr": 1}}'],
+        "per_method of 'average': there is no key 'lr'",
+    ),
+    _words(
+        "per_method with what all methods share for fit",
+        ['--per_method={"replay": {"data.n_tasks": 3}}'],
+        "per_method of 'replay': data.n_tasks is the same for all methods",
+    ),
     _yaml(
         "per_method with a word for a number",
         "per_method: {average: {merge.alpha: high}}\n",
@@ -170,6 +186,18 @@ NUMBERS = [
         for value in ("0", "-1")
         for command in (FIT, BENCHMARK)
     ),
+    *(
+        _words(f"{name} below 0", [f"--trainer.{name}=-1"], f"trainer.{name} must be at least 0, got -1")
+        for name in ("log_every_n_steps", "min_epochs", "min_steps")
+    ),
+    _words("no logger", ["--trainer.logger=false"], "trainer.logger false would not be heeded"),
+    _words("a folder beside output_dir", ["--trainer.default_root_dir=x"], "trainer.default_root_dir x would not be"),
+    _words(
+        "a logger for all runs",
+        ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=x"],
+        "trainer.logger would mix up the runs of a benchmark",
+        BENCHMARK,
+    ),
     _words(
         "a clipping of no number", ["--trainer.gradient_clip_val=.nan"], "gradient_clip_val must be a finite number"
     ),
@@ -181,7 +209,11 @@ NUMBERS = [
     _words("tasks without end", [f"--data.n_tasks={10**20}"], "n_tasks must be at most 100000, got 10"),
     _words("a batch without end", [f"--data.batch_size={10**100}"], "batch_size must be at most 2147483647, got 10"),
     _words("a width below 0", ["--model.backbone.hidden_size=-4"], "negative dimension -4"),
-    _words("a number of features below 1", ["--model.n_features=0"], "n_features must be at least 1, got 0"),
+    _words(
+        "a number of features below 1",
+        ["--model.n_features=0"],
+        "n_features must be a whole number of at least 1, got 0",
+    ),
     _words(
         "a precision without its package", ["--trainer.precision=transformer-engine"], "trainer: .*transformer_engine"
     ),

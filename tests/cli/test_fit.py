@@ -1,6 +1,10 @@
+import csv
+
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rebasin.cli import main
 
@@ -54,6 +58,32 @@ def test_resume_of_another_run_is_refused_before_anything_is_written(finished, c
     assert main([*FIT, "--method", "replay", *words, *resume]) in (1, 2)
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert (folder / "config.yaml").read_text() == before
+
+
+CSV = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir"]
+
+
+def test_a_logger_of_the_configuration_gets_the_numbers_beside_tensorboard(tmp_path):
+    assert main([*FIT, *CSV, str(tmp_path / "csv"), "--output_dir", str(tmp_path / "out")]) == 0
+    (table,) = (tmp_path / "csv").rglob("metrics.csv")
+    with table.open() as lines:
+        rows = list(csv.DictReader(lines))
+    (folder,) = (tmp_path / "out").rglob("tensorboard/version_0")
+    events = EventAccumulator(str(folder)).Reload()
+    for tag in ("merge/alpha", "accuracy/average"):
+        logged = [float(row[tag]) for row in rows if row.get(tag)]
+        assert logged == pytest.approx([event.value for event in events.Scalars(tag)])
+        assert logged
+
+
+def test_a_logger_that_cannot_begin_is_named_and_nothing_is_written(tmp_path, capsys, monkeypatch):
+    def without_a_key(self):
+        raise KeyError("no key of the service")
+
+    monkeypatch.setattr(CSVLogger, "experiment", property(without_a_key))
+    assert main([*FIT, *CSV, str(tmp_path / "csv"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "CSVLogger of trainer.logger cannot begin: 'no key" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_ends_as_the_uninterrupted_run(finished, tmp_path, capsys):

@@ -291,11 +291,25 @@ def test_every_old_head_is_held_on_new_and_replayed_examples(mixup):
         ({"distillation": -1.0}, "distillation must be a number of at least 0, got -1.0"),
         ({"distillation": float("nan")}, "distillation must be a number of at least 0, got nan"),
         ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
-        ({"n_features": 0}, "n_features must be at least 1, got 0"),
+        ({"n_features": 0}, "n_features must be a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
+        network(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": 3}, "optimizer must be a function of parameters, got a int"),
+        ({"lr_decay": "slow"}, "lr_decay must be a number, got a str"),
+        ({"distillation": None}, "distillation must be a number, got a NoneType"),
+        ({"temperature": [2.0]}, "temperature must be a number, got a list"),
+    ],
+)
+def test_options_of_a_wrong_kind_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
         network(**options)
 
 

@@ -203,6 +203,18 @@ def test_bad_arguments(options, match):
 
 
 @pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"validation_fraction": "half"}, "validation_fraction must be a number, got a str"),
+        ({"replay_transform": 3}, "replay_transform must be a function of a batch of images, got a int"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(options, match):
+    with pytest.raises(TypeError, match=match):
+        digits(**options)
+
+
+@pytest.mark.parametrize(
     ("max_epochs", "reload", "match"),
     [
         (5, 1, r"max_epochs=5\) does not fit epochs_per_task=2 and n_tasks=3: pass max_epochs=6"),

@@ -406,6 +406,10 @@ def test_tracks_that_do_not_fit(track, message):
         ),
         ([torch.zeros(2, 2), torch.zeros(2, 2), None], r"track\[2\] must be a tensor of real numbers, got NoneType"),
         (["a", "b", "c"], r"track\[0\] must be a tensor of real numbers, got str"),
+        (
+            [torch.zeros(2, 2).to_sparse()] * 3,
+            r"track\[0\] must be a tensor of real numbers that is dense, got sparse_coo",
+        ),
         ([torch.zeros(2, 2).cfloat()] * 3, r"track\[0\] must be a tensor of real numbers, got torch.complex64"),
     ],
 )
