@@ -21,7 +21,7 @@ from lit_rebasin.alignment import (
 from lit_rebasin.callbacks.start import STARTS, Start
 from lit_rebasin.symmetry import Features, PermutationSpec
 from lit_rebasin.transport import Schedule
-from lit_rebasin.transport.arguments import check_count
+from lit_rebasin.transport.arguments import check_count, plain
 
 Method = Literal["identity", "weights", "covariance", "activations", "frank-wolfe", "straight-through", "sinkhorn"]
 Measured = Literal["Fisher information", "input moments"]
@@ -51,6 +51,8 @@ class MergeSettings:
     margin: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "batches", "seed", "margin"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not isinstance(self.alpha, int | float):
             _check("alpha", self.alpha, ALPHAS, "a number in [0, 1], or ")
         elif isinstance(self.alpha, bool) or not 0 <= self.alpha <= 1:
@@ -72,6 +74,7 @@ class MergeSettings:
             )
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of what the method takes, got {self.options!r}.")
+        object.__setattr__(self, "options", {name: plain(value) for name, value in self.options.items()})
         check_method(self.method, self.options, residual=self.method == "sinkhorn" and self.used_cost == "incremental")
         try:
             _try(self.method, self.used_options)

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lit_rebasin.callbacks.refusal import reason_of
 from lit_rebasin.callbacks.step_loss import NoLossError, StepLoss
 from lit_rebasin.merging import SquaredGradients, zeros_to_sum
 from lit_rebasin.merging.data import evaluating
@@ -15,6 +16,7 @@ from lit_rebasin.merging.path import weights_of
 
 # Examples that a merge measures it on. The sums of it that choose an alpha run over all weights, so they need few.
 _EXAMPLES = 256
+_ELSE = "give alpha a number, or line-search."
 
 
 def step_fisher(step: StepLoss, weights: Mapping[str, Tensor], batches: Sequence[Any]) -> dict[str, Tensor]:
@@ -70,18 +72,29 @@ def check_fisher(step: StepLoss, batch: Any) -> None:
             return
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        except (RuntimeError, TypeError, LookupError) as error:
+            if reason_of(error) is not None:
+                raise
+            raise MisconfigurationException(
+                f"{type(step.module).__name__}.training_step cannot be run on single examples, as the Fisher information needs ({error}): "
+                f"{_ELSE}"
+            ) from error
     if not any(diagonal.any() for diagonal in found.values()):
         raise MisconfigurationException(
-            f"{type(step.module).__name__}.training_step has no gradient on single examples, so there is no Fisher information: give alpha a "
-            "number, or line-search."
+            f"{type(step.module).__name__}.training_step has no gradient on single examples, so there is no Fisher information: {_ELSE}"
         )
 
 
 def _length(tensors: Sequence[Tensor]) -> int:
     lengths = {len(tensor) for tensor in tensors}
-    if len(lengths) != 1:
+    if not lengths:
+        raise ValueError(
+            "A training batch holds no tensors in lists, tuples or dicts, so that its examples cannot be told apart, as the Fisher information "
+            f"needs: {_ELSE}"
+        )
+    if len(lengths) > 1:
         raise ValueError(
             f"The tensors of a training batch have {sorted(lengths)} entries along their first dimension, so that its examples cannot be told "
-            "apart, as the Fisher information needs: give alpha a number, or line-search."
+            f"apart, as the Fisher information needs: {_ELSE}"
         )
     return lengths.pop()

@@ -56,8 +56,14 @@ class StepLoss(nn.Module):
             NoLossError: If ``training_step`` returns None, by which Lightning skips a batch.
             ValueError: If it returns something that holds no loss.
         """
-        with self.precision.train_step_context():
-            output = self.module.training_step(batch, 0) if self.takes_index else self.module.training_step(batch)
+        try:
+            with self.precision.train_step_context():
+                output = self.module.training_step(batch, 0) if self.takes_index else self.module.training_step(batch)
+        except StopIteration as error:  # by which Lightning would end the epoch without a word
+            raise RuntimeError(
+                f"{type(self.module).__name__}.training_step has come to the end of an iterator of its own, as merges and monitors run it "
+                "some more times: let it begin anew there, as itertools.cycle does."
+            ) from error
         loss = output.get("loss", output) if isinstance(output, Mapping) else output
         if loss is None:
             raise NoLossError(f"{type(self.module).__name__}.training_step returned None.")

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_rebasin.continual.single_examples import check_single_examples, is_of_single_example
-from lit_rebasin.transport.arguments import check_count, check_function, check_number
+from lit_rebasin.transport.arguments import check_count, check_function, check_number, plain
 
 
 class ContinualClassifier(LightningModule):
@@ -69,6 +69,9 @@ class ContinualClassifier(LightningModule):
         super().__init__()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone must be a torch.nn.Module, got {backbone!r}.")
+        n_classes, n_features, n_heads, lr_decay, distillation, temperature = map(
+            plain, (n_classes, n_features, n_heads, lr_decay, distillation, temperature)
+        )
         check_function("optimizer", optimizer, "parameters")
         for name, number in {"lr_decay": lr_decay, "distillation": distillation, "temperature": temperature}.items():
             check_number(name, number)
@@ -198,6 +201,8 @@ class ContinualClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make a fresh optimizer and scheduler; called again whenever the stream moves to its next task."""
         optimizer = self.optimizer(self.parameters())
+        for group in optimizer.param_groups:
+            group.update({name: plain(value) for name, value in group.items() if name != "params"})
         if self.lr_decay == 1 and self.lr_schedule == "constant":
             return optimizer
         self._check_data()  # Lightning asks for optimizers before it says that a fit starts

@@ -1,7 +1,6 @@
 """A stream of tasks as a LightningDataModule."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from lit_rebasin.continual.batches import EvaluationBatches, Examples, MixedBatc
 from lit_rebasin.continual.replay import choose_replay
 from lit_rebasin.continual.streams import Stream, make_stream
 from lit_rebasin.continual.trainer_checks import check_trainer
-from lit_rebasin.transport.arguments import check_function, check_number
+from lit_rebasin.transport.arguments import check_function, check_number, plain
 
 EVALUATION_BATCH = 2048
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
@@ -78,6 +77,9 @@ class ContinualDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        n_tasks, epochs_per_task, batch_size, replay_per_class, validation_fraction, seed = map(
+            plain, (n_tasks, epochs_per_task, batch_size, replay_per_class, validation_fraction, seed)
+        )
         for name, value, least, most in (
             ("n_tasks", 1 if n_tasks is None else n_tasks, 1, _MOST_TASKS),
             ("epochs_per_task", epochs_per_task, 1, _MOST),
@@ -85,7 +87,7 @@ class ContinualDataModule(LightningDataModule):
             ("replay_per_class", replay_per_class, 0, _MOST),
             ("seed", seed, 0, LARGEST_SEED),
         ):
-            if not isinstance(value, Integral) or value < least:
+            if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
             if value > most:
                 raise ValueError(f"{name} must be at most {most}, got {value}.")

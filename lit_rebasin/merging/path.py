@@ -7,6 +7,7 @@ from math import isfinite
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lit_rebasin.alignment import check_same_architecture, interpolate
 from lit_rebasin.transport.arguments import check_count
@@ -96,8 +97,18 @@ class LinearPath:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and buffers by name, detached; a tensor of two names appears once."""
-    return {name: tensor.detach() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    """Return a module's parameters and buffers by name, detached; a tensor of two names appears once.
+
+    Raises:
+        ValueError: If one is of a lazy layer that has not seen an input yet.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(
+            f"{lazy[0]!r} of {type(module).__name__} is of a lazy layer: call the network once on an example before."
+        )
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def write_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.utils import _pytree as pytree
 
 from lit_rebasin.symmetry.join import join
@@ -13,6 +14,7 @@ from lit_rebasin.symmetry.tracing import permutation_spec
 
 # Calls of one part that are traced; more of them hardly ever differ.
 _CALLS = 8
+_SCRIPTED = "in a ScriptModule, which cannot be exported: use the module that it was made of"
 
 
 def spec_of_calls(root: nn.Module, run: Callable[[], Any]) -> PermutationSpec:
@@ -29,7 +31,12 @@ def spec_of_calls(root: nn.Module, run: Callable[[], Any]) -> PermutationSpec:
         The groups that all calls agree on; the rest is fixed, as is all of a part that cannot be exported.
     """
     specs = [_trace_part(root, part, args, kwargs) for part, args, kwargs in _outermost_calls(root, run)]
-    unread = {f"{name}[{dim}]": UNREAD for name, tensor in tensors_of(root).items() for dim in range(tensor.ndim)}
+    scripted = tuple(f"{name}." for name, part in root.named_modules() if isinstance(part, ScriptModule))
+    unread = {
+        f"{name}[{dim}]": _SCRIPTED if name.startswith(scripted) else UNREAD
+        for name, tensor in tensors_of(root).items()
+        for dim in range(tensor.ndim)
+    }
     return join([PermutationSpec({}, unread), *specs])
 
 
@@ -51,6 +58,8 @@ def _outermost_calls(root: nn.Module, run: Callable[[], Any]) -> list[tuple[nn.M
 
     handles = []
     for part in root.modules():
+        if isinstance(part, ScriptModule):  # which takes no hooks
+            continue
         if any(True for _ in part.parameters()) or any(True for _ in part.buffers()):
             handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(part.register_forward_hook(leave, always_call=True))

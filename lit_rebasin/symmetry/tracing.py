@@ -21,6 +21,7 @@ from lit_rebasin.symmetry.trace import Trace, is_dims
 
 # Passes over a graph: each may find packed projections inside those that the one before took apart.
 _PASSES = 5
+_EMPTY = "its tensor is empty"
 
 
 def permutation_spec(
@@ -129,7 +130,10 @@ def _input(trace: Trace, program: ExportedProgram, spec: Any, value: Any) -> Any
     if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.persistent is not False:
         if spec.target not in trace.weights:
             sizes = value.shape
-            trace.weights[spec.target] = [(Atom(f"{spec.target}[{dim}]", size),) for dim, size in enumerate(sizes)]
+            trace.weights[spec.target] = [
+                (Atom(f"{spec.target}[{dim}]", size),) if size else trace.algebra.fixed(0, _EMPTY)
+                for dim, size in enumerate(sizes)
+            ]
         return trace.weights[spec.target]
     if spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
         held = program.constants.get(spec.target)
@@ -147,13 +151,13 @@ def _spec(model: nn.Module, weights: dict[str, Dims], read: set[str]) -> Permuta
     fixed: dict[str, str] = {}
     for tensor, names in _aliases(model).items():
         known = next((name for name in names if name in weights and name in read), None)
-        rank = _tensor(model, tensor).ndim
-        for dim in range(rank):
-            moved = axes_along(tensor, dim, weights[known][dim]) if known else {}
+        held = _tensor(model, tensor)
+        for dim in range(held.ndim):
+            moved = axes_along(tensor, dim, weights[known][dim]) if known and held.numel() else {}
             for atom, found in moved.items():
                 axes.setdefault(atom, []).extend(replace(axis, tensor=name) for axis in found for name in names)
             if not moved:
-                reason = reason_of(weights[known][dim]) if known else UNREAD
+                reason = (reason_of(weights[known][dim]) if held.numel() else _EMPTY) if known else UNREAD
                 fixed.update({f"{name}[{dim}]": reason or "" for name in names})
     groups: dict[str, Group] = {}
     for atom, found in axes.items():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,11 @@ def check_number(name: str, value: object) -> None:
     """Raise a TypeError unless an argument is a number."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got a {type(value).__name__}.")
+
+
+def plain(value: Any) -> Any:
+    """Return a number of NumPy's as one of Python's, which checkpoints can hold that are read with ``weights_only``."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_seed(seed: object) -> None:

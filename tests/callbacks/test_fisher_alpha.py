@@ -1,5 +1,7 @@
 """Alpha by the Fisher information, against the closed form and a loop over examples."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -106,6 +108,27 @@ def test_fisher_information_of_batches_without_examples(tmp_path):
     data = DataLoader(TensorDataset(X, Y[0]), batch_size=30, collate_fn=collate)
     with pytest.raises(MisconfigurationException, match=r"\[3, 30\] entries along their first dimension"):
         make_trainer(tmp_path, RebasinMerge("fisher"), max_epochs=1).fit(Joined(), data)
+
+
+def test_fisher_information_of_examples_that_cannot_be_told_apart(tmp_path):
+    class OfExamples(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((torch.stack([x for x, _ in batch]), torch.stack([y for _, y in batch])), 0)
+
+    class OfObject(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch.x, batch.y), 0)
+
+    def together(items):
+        return SimpleNamespace(x=torch.stack([x for x, _ in items]), y=torch.stack([y for _, y in items]))
+
+    for module, collate, says in (
+        (OfExamples(), list, r"OfExamples.training_step cannot be run on single examples, .*: give alpha a number"),
+        (OfObject(), together, "holds no tensors in lists, tuples or dicts, .*: give alpha a number"),
+    ):
+        data = DataLoader(TensorDataset(X, Y[0]), batch_size=30, collate_fn=collate)
+        with pytest.raises(MisconfigurationException, match=says):
+            make_trainer(tmp_path, RebasinMerge("fisher"), max_epochs=1).fit(module, data)
 
 
 def test_a_loss_without_gradients_on_single_examples_has_no_fisher_information(tmp_path):

@@ -1,5 +1,6 @@
 """What users do in their modules, beyond a plain training step, and what the merge makes of it."""
 
+import itertools
 import random
 
 import numpy as np
@@ -291,3 +292,19 @@ def test_merge_whose_loss_is_nan_is_refused(tmp_path, alpha):
     assert merge.n_tasks == 2
     now = tensors(module)
     assert all(torch.equal(now[name], tensor) for name, tensor in first.items() if "train_acc" not in name)
+
+
+def test_an_iterator_of_the_step_that_ends_in_the_merge_is_told_of(tmp_path):
+    """Lightning takes a StopIteration for the end of its own data, and would end the epoch without a word."""
+
+    class Unlabelled(UserModule):
+        more = itertools.repeat(torch.zeros(2, 64))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * self.net(next(self.more)).sum()
+
+    def runs_out(module):
+        module.more = iter(())
+
+    with pytest.raises(RuntimeError, match=r"Unlabelled.training_step has come to the end of an iterator of its own"):
+        fit_twice(tmp_path, Unlabelled(), RebasinMerge(), runs_out)

@@ -90,6 +90,12 @@ def test_ends_that_do_not_fit():
         LinearPath(network(0).state_dict(), network(1).state_dict()).module_at(0.5)
 
 
+def test_a_lazy_layer_without_shapes_is_named():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"'0.weight' of Sequential is of a lazy layer: call the network once"):
+        LinearPath(lazy, lazy)
+
+
 def test_accuracy_barrier_of_a_known_curve():
     alphas = torch.linspace(0, 1, 5, dtype=torch.float64)
     found = PathLosses(alphas, torch.zeros(5), torch.tensor([0.8, 0.9, 0.5, 0.95, 1.0], dtype=torch.float64))

@@ -210,3 +210,44 @@ def test_part_called_also_from_outside_keeps_its_output():
     spec = spec_of_calls(model, lambda: (model.net(x), model.net[0](x)))
     assert not spec.groups
     assert "output" in spec.fixed["net.0.weight[0]"]
+
+
+class Around(nn.Module):
+    """A network with a part that others of its size may move beside, or not."""
+
+    def __init__(self, part, forward):
+        super().__init__()
+        self.first, self.part, self.last = nn.Linear(8, 6), part, nn.Linear(6, 3)
+        self.between = forward
+
+    def forward(self, x):
+        return self.last(self.between(self.part, self.first(x).relu()))
+
+
+@pytest.mark.parametrize(
+    ("part", "forward"),
+    [
+        (nn.ParameterList([torch.zeros(0)]), lambda part, h: h + part[0].sum()),
+        (nn.ParameterList([torch.zeros(0)]), lambda part, h: torch.cat([h, part[0].expand(len(h), 0)], 1)),
+        (nn.ParameterList([torch.zeros(0, 6)]), lambda part, h: h + (part[0] @ torch.ones(6)).sum()),
+        (nn.ParameterList([torch.zeros(0, 6), torch.zeros(6, 0)]), lambda part, h: h + h @ part[0].T @ part[1].T),
+    ],
+)
+def test_empty_parameters_do_not_move(part, forward):
+    network = Around(part, forward)
+    spec = permutation_spec(network, torch.randn(2, 8))
+    assert set(spec.groups) == {"first"}
+    assert {"first.weight[0]", "first.bias[0]", "last.weight[1]"} <= axes(spec, "first")
+    empty = [name for name, tensor in network.named_parameters() if not tensor.numel()]
+    assert not any(axis.tensor in empty for group in spec.groups.values() for axis in group.axes)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_fixed_and_the_rest_is_traced():
+    network = nn.Sequential(
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), torch.jit.script(nn.Sequential(nn.Linear(4, 3)))
+    )
+    x = torch.randn(2, 8)
+    spec = spec_of_calls(network, lambda: network[1](network[0](x)))
+    assert set(spec.groups) == {"0.0"}
+    assert "ScriptModule" in spec.fixed["1.0.weight[1]"]
