@@ -14,7 +14,8 @@ class RandomStates(Callback):
     """Keep the random states of Python, NumPy and torch in every checkpoint, which Lightning leaves out.
 
     A fit that is resumed where an epoch ended then goes on as if it had never stopped, dropout and all. In the middle of an epoch Lightning
-    begins the loader anew. Every process goes on with its own states, or with those of the first where there were fewer of them.
+    begins the loader anew. Every process goes on with its own states, or with those of the first where there were fewer of them. With
+    ``precision="64-true"`` weights are restored as they were, which Lightning would round to 32 bits.
 
     Example::
 
@@ -24,6 +25,12 @@ class RandomStates(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._kept: dict[str, Any] | None = None  # of a checkpoint, until they are put back
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Make the module one of 64 bits before a checkpoint is written into it; Lightning does so after."""
+        if trainer.precision == "64-true":
+            pl_module.double()
 
     @override
     def state_dict(self) -> dict[str, Any]:

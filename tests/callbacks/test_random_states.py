@@ -58,6 +58,16 @@ def test_a_fit_resumed_after_an_epoch_draws_what_it_would_have_drawn(tmp_path, d
     assert bare.drawn != whole.drawn[3:]
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_a_fit_of_any_precision_is_resumed_with_the_weights_that_it_had(tmp_path, precision):
+    options = {"reload_dataloaders_every_n_epochs": 1, "precision": precision}
+    whole = fit(tmp_path / "whole", "torch", **options)
+    resumed = fit(tmp_path / "resumed", "torch", tmp_path / "whole" / "epoch=0.ckpt", **options)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    if precision == "64-true":
+        assert {tensor.dtype for tensor in whole.parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize("part", ["torch", "python", "numpy"])
 @pytest.mark.parametrize("of_others", [False, True])
 def test_damaged_states_are_refused_before_any_is_put_back(part, of_others):
