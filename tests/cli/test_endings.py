@@ -71,11 +71,11 @@ def wait_for(condition, seconds=120):
     [
         ("processes", signal.SIGTERM, False),
         pytest.param("processes", signal.SIGINT, True, marks=pytest.mark.slow),
-        ("processes", signal.SIGINT, False),
+        pytest.param("processes", signal.SIGINT, False, marks=pytest.mark.slow),
         ("tasks", signal.SIGTERM, False),
         ("tasks", signal.SIGINT, True),
         pytest.param("tasks", signal.SIGINT, False, marks=pytest.mark.slow),
-        ("sweep", signal.SIGTERM, False),
+        pytest.param("sweep", signal.SIGTERM, False, marks=pytest.mark.slow),
         pytest.param("sweep", signal.SIGINT, True, marks=pytest.mark.slow),
         pytest.param("sweep", signal.SIGINT, False, marks=pytest.mark.slow),
     ],

@@ -211,6 +211,7 @@ def test_a_trial_ends_with_a_sweep_that_is_killed(tmp_path):
     assert run_jobs(tmp_path, [job]) == [KILLED], said(tmp_path)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_benchmark_that_is_killed(tmp_path):
     words = ["benchmark", *STREAM, "--methods", "average", "--seeds", "0,1", "--processes", "2", "--output_dir"]
     folder = tmp_path / "cut"
